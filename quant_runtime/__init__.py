@@ -1,0 +1,1 @@
+"""Low-bit layers and the kernels under them. Knows layers and tensors, and no model by name."""
