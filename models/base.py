@@ -1,7 +1,7 @@
-"""What a family of generators promises to the offline stage and to the worker. Imports no torch: the words are free to read.
+"""What a family of generators promises to the offline stage and to the worker. Imports no torch: the words are free.
 
-A *family* knows one architecture: where its checkpoints lie on disk, which of its layers may shrink, what to calibrate it
-with. A *generator* is one loaded checkpoint or artifact of a family, warm, that turns inputs into files.
+A *family* knows one architecture: where its checkpoints lie on disk, which of its layers may shrink, what to calibrate
+it with. A *generator* is one loaded checkpoint or artifact of a family, warm, that turns inputs into files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OnStep = Callable[[int, int], None]  # (step done, of how many); raising from it
 
 
 class BadInput(ValueError):
-    """The inputs can never work with this generator: retrying would not help. `field` is the request's own name for it."""
+    """The inputs can never work with this generator, however often it tries. `field` is the request's name for it."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
