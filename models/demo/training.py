@@ -112,13 +112,12 @@ class Curve:
 
     def __init__(self, path: Path, clock: Clock) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("a")
-        self.clock = clock
+        self.path, self.clock = path, clock
 
     def write(self, **values: Any) -> None:
         line = {"seconds": round(self.clock.elapsed, 1)} | {
             k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()
         }
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)

@@ -143,7 +143,7 @@ def train(
             average.update()
             running += loss.detach()
             counted, step, seen = counted + 1, step + 1, seen + scale.batch
-            if counted == (100 if cuda else 10):
+            if counted == (100 if cuda else 10) or step == 1:
                 logged.append(float(running) / counted)
                 curve.write(scale=index, step=step, seen=seen, loss=logged[-1], rate=clock.rate)
                 running.zero_()

@@ -91,7 +91,7 @@ def train(
     crop_h, crop_w = recipe.crop
     clock = Clock(seconds, warm=0.03)
     curve = Curve(out / "curve.jsonl", clock)
-    logged, step, saved = [], 0, 0.0
+    logged, step, counted, saved = [], 0, 0, 0.0
     running = torch.zeros((), device=device)
     while clock.progress < 1 and (steps is None or step < steps):
         clips = captions.sample(recipe.clips, seed=recipe.seed * 10**5 + step)
@@ -116,10 +116,11 @@ def train(
         average.update()
         running += loss.detach()
         step += 1
-        every = 100 if cuda else 10
-        if step % every == 0:
-            logged.append(float(running) / every)
+        counted += 1
+        if counted == (100 if cuda else 10) or step == 1:
+            logged.append(float(running) / counted)
             running.zero_()
+            counted = 0
             curve.write(step=step, loss=logged[-1], kl=float(kl), rate=recipe.rate * clock.rate)
         if clock.elapsed - saved > 60:
             saved = clock.elapsed
