@@ -30,7 +30,9 @@ def quaternion_from_rotation(rotation: Tensor) -> Tensor:
     """
     m = rotation
     xx, yy, zz = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
-    squares = torch.stack((1 + xx - yy - zz, 1 - xx + yy - zz, 1 - xx - yy + zz, 1 + xx + yy + zz), dim=-1)  # 4x² .. 4w²
+    squares = torch.stack(
+        (1 + xx - yy - zz, 1 - xx + yy - zz, 1 - xx - yy + zz, 1 + xx + yy + zz), dim=-1
+    )  # 4x² .. 4w²
     xy, xz, yz = m[..., 0, 1] + m[..., 1, 0], m[..., 0, 2] + m[..., 2, 0], m[..., 1, 2] + m[..., 2, 1]
     xw, yw, zw = m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]
     products = torch.stack(
@@ -48,7 +50,7 @@ def quaternion_from_rotation(rotation: Tensor) -> Tensor:
 
 
 def encode_pose(extrinsics: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Tensor:
-    """Extrinsics [..., 3, 4] and intrinsics [..., 3, 3] for images of `size` (height, width) to pose encodings [..., 9]."""
+    """Extrinsics [..., 3, 4] and intrinsics [..., 3, 3] for images of (height, width) to pose encodings [..., 9]."""
     height, width = size
     fov_h = 2 * torch.atan(height / 2 / intrinsics[..., 1, 1])
     fov_w = 2 * torch.atan(width / 2 / intrinsics[..., 0, 0])
@@ -57,14 +59,14 @@ def encode_pose(extrinsics: Tensor, intrinsics: Tensor, size: tuple[int, int]) -
 
 
 def decode_pose(encoding: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Pose encodings [..., 9] for images of `size` (height, width) to extrinsics [..., 3, 4] and intrinsics [..., 3, 3]."""
+    """Pose encodings [..., 9] for images of (height, width) to extrinsics [..., 3, 4] and intrinsics [..., 3, 3]."""
     rotation = rotation_from_quaternion(encoding[..., 3:7])
     extrinsics = torch.cat((rotation, encoding[..., :3, None]), dim=-1)
     return extrinsics, intrinsics_from_fov(encoding[..., 7], encoding[..., 8], size)
 
 
 def intrinsics_from_fov(fov_h: Tensor, fov_w: Tensor, size: tuple[int, int]) -> Tensor:
-    """Vertical and horizontal fields of view [...] in radians to intrinsics [..., 3, 3], principal point in the middle."""
+    """Vertical and horizontal fields of view in radians to intrinsics [..., 3, 3]; principal point in the middle."""
     height, width = size
     intrinsics = fov_h.new_zeros(*fov_h.shape, 3, 3)
     intrinsics[..., 0, 0] = width / 2 / torch.tan(fov_w / 2)
@@ -82,11 +84,18 @@ def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:
     v = torch.arange(height, dtype=depth.dtype, device=depth.device)[:, None]
     fx, fy, cx, cy = (intrinsics[..., i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
     camera = torch.stack(((u - cx) / fx * depth, (v - cy) / fy * depth, depth), dim=-1)
-    return (camera - extrinsics[..., None, None, :, 3]) @ extrinsics[..., None, :, :3]
+    moved = camera - extrinsics[..., None, None, :, 3]
+    x, y, z = (moved[..., j, None] * extrinsics[..., None, None, j, :3] for j in range(3))  # not `@`: see small_product
+    return x + y + z
 
 
 def relative_to_first(extrinsics: Tensor) -> Tensor:
     """Extrinsics [..., S, 3, 4] re-expressed in the camera of view 0, which becomes [I | 0]."""
     first_r, first_t = extrinsics[..., :1, :, :3], extrinsics[..., :1, :, 3:]
-    rotation = extrinsics[..., :3] @ first_r.transpose(-1, -2)
-    return torch.cat((rotation, extrinsics[..., 3:] - rotation @ first_t), dim=-1)
+    rotation = small_product(extrinsics[..., :3], first_r.transpose(-1, -2))
+    return torch.cat((rotation, extrinsics[..., 3:] - small_product(rotation, first_t)), dim=-1)
+
+
+def small_product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product in full precision: on a GPU that is allowed TF32, `@` keeps ten bits of a pose."""
+    return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)

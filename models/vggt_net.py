@@ -55,9 +55,15 @@ class VGGTConfig:
             raise ValueError(f"heads have a multiple of 4 channels, got {self.embed_dim} over {self.num_heads} heads")
         if 2 * self.embed_dim % self.camera_heads:
             raise ValueError(f"camera_heads divides twice embed_dim, got {self.camera_heads} and {self.embed_dim}")
-        if len(self.taps) != 4 or list(self.taps) != sorted(set(self.taps)) or not 0 <= self.taps[0] <= self.taps[3] < self.depth:
+        if (
+            len(self.taps) != 4
+            or list(self.taps) != sorted(set(self.taps))
+            or not 0 <= self.taps[0] <= self.taps[3] < self.depth
+        ):
             raise ValueError(f"taps are four rising pairs below depth {self.depth}, got {self.taps}")
-        if len(self.dpt_channels) != 4 or any(channels % 4 for channels in (*self.dpt_channels, self.dpt_features // 2)):
+        if len(self.dpt_channels) != 4 or any(
+            channels % 4 for channels in (*self.dpt_channels, self.dpt_features // 2)
+        ):
             raise ValueError(f"DPT maps have a multiple of 4 channels, got {self.dpt_channels} and {self.dpt_features}")
 
     @property
@@ -160,7 +166,9 @@ class Block(nn.Module):
         x = x + self.ls1(self.attn.proj(attended))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, frames: int = 1, special: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, frames: int = 1, special: int = 0
+    ) -> Tensor:
         """x [n * frames, tokens, dim]: each run of `frames` rows attends to itself as one sequence."""
         rows, tokens, dim = x.shape
         joined = (rows // frames, frames * tokens, self.attn.heads, -1)
@@ -170,7 +178,7 @@ class Block(nn.Module):
 
 
 def rope_table(height: int, width: int, special: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [special + height * width, 1, 2, head_dim / 4]: by (token, head, axis y or x, frequency).
+    """Cosines and sines, float32 [special + height * width, 1, 2, head_dim / 4]: token, head, axis (y, x), frequency.
 
     Special tokens stand at (0, 0), patches at (row + 1, column + 1).
     """
@@ -255,14 +263,16 @@ class Aggregator(nn.Module):
         self.camera_token = nn.Parameter(torch.zeros(1, 2, 1, dim))
         self.register_token = nn.Parameter(torch.zeros(1, 2, config.registers, dim))
         self.frame_blocks, self.global_blocks = (
-            nn.ModuleList(Block(dim, config.num_heads, config.mlp_ratio, eps=1e-5, qk_norm=True) for _ in range(config.depth))
+            nn.ModuleList(
+                Block(dim, config.num_heads, config.mlp_ratio, eps=1e-5, qk_norm=True) for _ in range(config.depth)
+            )
             for _ in range(2)
         )
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, S, 3, H, W] in 0..1 to four taps, [B, S, special + patches, 2 * dim]: frame block's output, then global's."""
+        """Images [B, S, 3, H, W] in 0..1 to four taps [B, S, tokens, 2 * dim]: frame block's output, global's."""
         batch, frames, _, height, width = images.shape
         special = self.config.special
         x = self.patch_embed((images.flatten(0, 1) - self.mean) / self.std)
@@ -284,7 +294,7 @@ class Aggregator(nn.Module):
 
 
 class CameraHead(nn.Module):
-    """The camera tokens of all views to pose encodings, refined in four rounds, each from the tokens and the last estimate."""
+    """The camera tokens of all views to pose encodings, in four rounds, each from the tokens and the last estimate."""
 
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
@@ -294,7 +304,10 @@ class CameraHead(nn.Module):
         self.poseLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
         self.token_norm = nn.LayerNorm(dim, eps=1e-5)
         self.trunk = nn.Sequential(
-            *(Block(dim, config.camera_heads, config.mlp_ratio, eps=1e-5, qk_norm=False) for _ in range(config.camera_depth))
+            *(
+                Block(dim, config.camera_heads, config.mlp_ratio, eps=1e-5, qk_norm=False)
+                for _ in range(config.camera_depth)
+            )
         )
         self.trunk_norm = nn.LayerNorm(dim, eps=1e-5)
         self.pose_branch = Mlp(dim, dim // 2, 9)
@@ -350,9 +363,7 @@ class Scratch(nn.Module):
             setattr(self, f"layer{index}_rn", nn.Conv2d(count, features, 3, padding=1, bias=False))
             setattr(self, f"refinenet{index}", Fusion(features, two_inputs=index < 4))
         self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
-        self.output_conv2 = nn.Sequential(
-            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, out, 1)
-        )
+        self.output_conv2 = nn.Sequential(nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, out, 1))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         sides = [getattr(self, f"layer{index}_rn")(x) for index, x in enumerate(maps, start=1)]
@@ -411,7 +422,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def place_embedded(x: Tensor, image: tuple[int, int]) -> Tensor:
-    """x [n, channels, h, w] plus a tenth of sines and cosines of each pixel's place on an image of that (height, width).
+    """x [n, channels, h, w] plus a tenth of sines and cosines of each pixel's place on an image of (height, width).
 
     The places span the image's shape scaled to unit diagonal, so the same place means the same at every resolution.
     """
@@ -454,7 +465,9 @@ class VGGT(nn.Module):
             raise ValueError(f"images are [B, S, 3, H, W] with H and W multiples of {patch}, got {tuple(images.shape)}")
         return self.heads(self.aggregator(images), size, dense_views, chunk)
 
-    def heads(self, taps: list[Tensor], size: tuple[int, int], dense_views: int | None = None, chunk: int = 8) -> Prediction:
+    def heads(
+        self, taps: list[Tensor], size: tuple[int, int], dense_views: int | None = None, chunk: int = 8
+    ) -> Prediction:
         """The taps of `aggregator` for images of `size` (height, width) to a Prediction."""
         with torch.autocast(taps[-1].device.type, enabled=False):  # a pose in bf16 would be off by a fifth of a degree
             poses = self.camera_head(taps[-1])
@@ -471,7 +484,7 @@ class VGGT(nn.Module):
 
 
 def load(folder: Path | str) -> tuple[VGGT, list[str]]:
-    """A checkpoint folder (`config.json`, `model.safetensors` or `model.pt`) to the network and the groups it leaves out.
+    """A checkpoint folder (`config.json`, `model.safetensors` or `model.pt`) to a network and the groups it leaves out.
 
     The point head is built where the checkpoint has one. The track head is known and left out; any other key that the
     network does not have, and any that it misses, is refused by name. Pickles are read with weights_only.
@@ -493,7 +506,7 @@ def load(folder: Path | str) -> tuple[VGGT, list[str]]:
 
 
 def fill(net: VGGT, state: Mapping[str, Tensor]) -> list[str]:
-    """Give a network on the meta device its weights, strictly, as they are. Returns the names of the groups left out."""
+    """Give a network on the meta device its weights, strictly, as they are. Returns the groups left out, by name."""
     tracker = track_head_shapes(net.config)
     left_out = {key for key, value in state.items() if tracker.get(key) == tuple(value.shape)}
     kept = {key: value for key, value in state.items() if key not in left_out}

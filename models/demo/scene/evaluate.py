@@ -2,10 +2,10 @@
 
     python -m models.demo.scene.evaluate MODEL_FOLDER --scenes 64 --size 224 --out results.jsonl
 
-Poses: AUC@30/15/5 of all pairs of views. A pair's error is the larger of the angle between the relative rotations and the
-angle between the translations' directions, signs ignored; AUC@t is the mean over the thresholds 1..t degrees of the share
-of pairs below; computed in float64, per scene, and averaged over scenes. Depth: AbsRel after one scale per scene, the
-median of true over predicted depth.
+Poses: AUC@30/15/5 of all pairs of views. A pair's error is the larger of the angle between the relative rotations and
+the angle between the translations' directions, signs ignored; AUC@t is the mean over the thresholds 1..t degrees of the
+share of pairs below; computed in float64, per scene, and averaged over scenes. Depth: AbsRel after one scale per scene,
+the median of true over predicted depth.
 
 Controls, on the same scenes: the best constant relative pose, searched on training scenes; the model with every later
 view taken from another scene (`another scene`: with that scene's own cameras; `another scene, same cameras`: only the
@@ -29,11 +29,13 @@ from models.demo.scene import render, scenes, textures
 
 THRESHOLDS = (30, 15, 5)
 VIEW_COUNTS = (2, 3, 4, 6, 8)
-Predict = Callable[[Tensor], tuple[Tensor, Tensor]]  # images [B, S, 3, H, W] to extrinsics [B, S, 3, 4] and depth [B, S, H, W]
+Predict = Callable[
+    [Tensor], tuple[Tensor, Tensor]
+]  # images [B, S, 3, H, W] to extrinsics [B, S, 3, 4] and depth [B, S, H, W]
 
 
 def relative_poses(extrinsics: Tensor) -> tuple[Tensor, Tensor]:
-    """Extrinsics [B, S, 3, 4] to the rotations [B, pairs, 3, 3] and translations [B, pairs, 3] from view i to view j > i."""
+    """Extrinsics [B, S, 3, 4] to rotations [B, pairs, 3, 3], translations [B, pairs, 3] from view i to j > i."""
     extrinsics = extrinsics.double()
     i, j = torch.triu_indices(extrinsics.shape[1], extrinsics.shape[1], offset=1)
     (r_i, t_i), (r_j, t_j) = ((extrinsics[:, k, :, :3], extrinsics[:, k, :, 3:]) for k in (i, j))
@@ -73,7 +75,7 @@ def held_out(
 ) -> Iterator[tuple[scenes.Scenes, scenes.Scenes]]:
     """Batches of held-out scenes, and each again with the contents of its neighbour and its own cameras."""
     for start in range(0, count, batch):
-        source = scenes.generator("held-out", seed * 1000 + views, start)
+        source = scenes.generator("held-out", seed, views * 100_000 + start)
         drawn = scenes.draw(source, max(2, min(batch, count - start)), views)
         cameras = {"extrinsics", "fov", "gain"}
         rolled = replace(
@@ -83,18 +85,24 @@ def held_out(
 
 
 def best_constant_pose(seed: int = 0, candidates: int = 1024, pairs: int = 4096) -> tuple[Tensor, Tensor]:
-    """The relative pose that, given for every pair, has the best AUC@30 on training scenes; the candidates are pairs' poses."""
+    """The relative pose of a training pair that, given for every training pair, has the best AUC@30."""
     drawn = scenes.draw(scenes.generator("train", seed, 0), pairs // 6 + 1, 4)
     rotation, translation = (part.flatten(0, 1)[:pairs] for part in relative_poses(drawn.extrinsics))
     scores = [
-        auc(pose_errors((rotation[i], translation[i]), (rotation, translation)), 30) for i in range(min(candidates, pairs))
+        auc(pose_errors((rotation[i], translation[i]), (rotation, translation)), 30)
+        for i in range(min(candidates, pairs))
     ]
     best = int(torch.stack(scores).argmax())
     return rotation[best], translation[best]
 
 
 def evaluate(
-    predict: Predict, count: int, size: int, device: str = "cpu", seed: int = 0, view_counts: tuple[int, ...] = VIEW_COUNTS
+    predict: Predict,
+    count: int,
+    size: int,
+    device: str = "cpu",
+    seed: int = 0,
+    view_counts: tuple[int, ...] = VIEW_COUNTS,
 ) -> dict[str, float]:
     """All figures over `count` held-out scenes for each number of views in `view_counts`."""
     pyramid = textures.load().to(device)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.cameras import intrinsics_from_fov
-from models.demo.scene.scenes import BOXES, CEILING, GROUND, MATERIALS, SHAPES, WALLS, Scenes
+from models.cameras import intrinsics_from_fov, small_product
+from models.demo.scene.scenes import BOXES, CEILING, GROUND, SHAPES, WALLS, Scenes
 from models.demo.scene.textures import LEVELS, TILE
 
 MARCH, BISECT = 20, 8
@@ -44,17 +44,19 @@ def render(
     shaded: Callable[..., Tensor] | None = None,
     measured: Callable[..., Tensor] | None = None,
 ) -> Views:
-    """Square pictures of `size` pixels, each colour the mean of `samples` (1 or 4) rays; depth is that of the centre ray.
+    """Square pictures of `size` pixels, a colour the mean of `samples` (1 or 4) rays; depth is that of the centre ray.
 
-    `pyramid` is `textures.load()` on the scenes' device. `shaded` and `measured` stand in for `colour` and `depth`, where
-    the caller has compiled them.
+    `pyramid` is `textures.load()` on the scenes' device. `shaded` and `measured` stand in for `colour` and `depth`,
+    where the caller has compiled them.
     """
     if samples not in (1, 4):
         raise ValueError(f"samples is 1 or 4, got {samples}")
     shaded, measured = shaded or colour, measured or depth
     device = scenes.centre.device
 
-    def offset(x: float, y: float) -> Tensor:  # a tensor made on the device: one compiled version, and no copy in a CUDA graph
+    def offset(
+        x: float, y: float
+    ) -> Tensor:  # a tensor made on the device: one compiled version, and no copy in a CUDA graph
         return torch.stack((torch.full((), x, device=device), torch.full((), y, device=device)))
 
     around = [(0.0, 0.0)] if samples == 1 else [(x, y) for x in (-0.25, 0.25) for y in (-0.25, 0.25)]
@@ -111,12 +113,12 @@ def _per_scene(value: Tensor) -> Tensor:
 
 
 def _rays(scenes: Scenes, size: int, offset: Tensor) -> tuple[Vec, Vec]:
-    """Origins [B, S, 1, 1] and directions [B, S, H, W], three of each; direction has length 1 along the optical axis."""
+    """Origins [B, S, 1, 1] and directions [B, S, H, W], three of each; a direction is 1 long along the optical axis."""
     pixel = torch.arange(size, device=offset.device, dtype=torch.float32) - size / 2
     slope = 2 * torch.tan(_per_scene(scenes.fov) / 2) / size
     x, y = (pixel + offset[0]) * slope, (pixel + offset[1])[:, None] * slope
     rotation = scenes.extrinsics[..., :3]
-    position = -(rotation.transpose(-1, -2) @ scenes.extrinsics[..., 3:])[..., 0]
+    position = -small_product(rotation.transpose(-1, -2), scenes.extrinsics[..., 3:])[..., 0]
     r = [[rotation[..., i, j, None, None] for j in range(3)] for i in range(3)]
     direction = [r[0][j] * x + r[1][j] * y + r[2][j] for j in range(3)]
     origin = [position[..., j, None, None] for j in range(3)]
@@ -186,7 +188,9 @@ def _ball(origin: list[Tensor], direction: list[Tensor]) -> Tensor:
 
 def _height(scenes: Scenes, x: Tensor, y: Tensor) -> Tensor:
     waves = [[_per_scene(scenes.waves[:, i, j]) for j in range(3)] for i in range(scenes.waves.shape[1])]
-    return sum(torch.sin(kx * x + ky * y + phase) for kx, ky, phase in waves) * (_per_scene(scenes.amplitude) / len(waves))
+    return sum(torch.sin(kx * x + ky * y + phase) for kx, ky, phase in waves) * (
+        _per_scene(scenes.amplitude) / len(waves)
+    )
 
 
 def _ground_distance(scenes: Scenes, origin: Vec, direction: Vec) -> Tensor:
@@ -233,7 +237,7 @@ def _surface(scenes: Scenes, point: tuple[Tensor, ...], hit: Tensor) -> tuple[Ve
     lx, ly = _turned((x - cx, y - cy, z), cosine, sine)
     lz = z - cz
     is_box, is_wall = hit < BOXES, (hit >= WALLS) & (hit < CEILING)
-    # What decides the face: on a box the coordinate nearest to its side, on an ellipsoid the largest part of the normal.
+    # What decides the face: on a box the coordinate nearest to its side, on an ellipsoid the largest of the normal.
     fx, fy, fz = (part / torch.where(is_box, h, h * h) for part, h in ((lx, hx), (ly, hy), (lz, hz)))
     ax, ay, az = fx.abs(), fy.abs(), fz.abs()
     on_x, on_y = (ax >= ay) & (ax >= az), (ay > ax) & (ay >= az)
@@ -294,7 +298,7 @@ def _stripe(place: Tensor, frequency: Tensor, footprint: Tensor) -> Tensor:
 
 
 def _photograph(pyramid: Tensor, u: Tensor, v: Tensor, tile: Tensor, tiles: Tensor, footprint: Tensor) -> list[Tensor]:
-    """Colours of a photograph repeated with mirrored seams, bilinear on the level whose texels are as large as a pixel."""
+    """Colours of a photograph repeated in mirrors, bilinear on the level whose texels are as large as a pixel."""
     level = torch.floor(torch.log2((footprint * tiles * TILE).clamp(min=1e-6)) + 0.5).clamp(0, LEVELS - 1)
     side = TILE * torch.exp2(-level)
     # The levels before this one hold TILE² (1 + 1/4 + ...) texels.

@@ -78,12 +78,17 @@ class Scenes:
 
 
 def generator(split: Split, seed: int, batch: int) -> torch.Generator:
-    """The source of one batch. Held-out scenes take odd seeds and training ones even seeds, so none is in both."""
-    return torch.Generator().manual_seed((((seed + 1) << 32) + batch) * 2 + (split == "held-out"))
+    """The source of one batch. Held-out scenes take odd seeds and training ones even seeds, so none is in both.
+
+    torch's generator reads 32 bits of what it is given: 10 for the seed, 21 for the batch, 1 for the split.
+    """
+    if not 0 <= seed < 2**10 or not 0 <= batch < 2**21:
+        raise ValueError(f"seed is below {2**10} and batch below {2**21}, got {seed} and {batch}")
+    return torch.Generator().manual_seed((((seed << 21) + batch) << 1) + (split == "held-out"))
 
 
 def draw(source: torch.Generator, count: int, views: int, spread: float = SPREAD) -> Scenes:
-    """`count` scenes with `views` cameras each; `spread` is the largest azimuth, in degrees, between view 0 and another."""
+    """`count` scenes with `views` cameras each; `spread` is the largest azimuth from view 0, in degrees."""
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=source) * (high - low) + low
@@ -134,7 +139,9 @@ def draw(source: torch.Generator, count: int, views: int, spread: float = SPREAD
 
     room_yaw = uniform(0, 2 * math.pi, 1)
     far = 2 * NEAREST
-    room = torch.cat((uniform(far + 0.4, far + 2.6, 2), uniform(far, far + 1.5, 1), room_yaw.cos(), room_yaw.sin()), dim=1)
+    room = torch.cat(
+        (uniform(far + 0.4, far + 2.6, 2), uniform(far, far + 1.5, 1), room_yaw.cos(), room_yaw.sin()), dim=1
+    )
     sun_azimuth, sun_height = uniform(0, 2 * math.pi, 1), uniform(0.45, 0.9, 1)
     sun_flat = (1 - sun_height**2).sqrt()
     sun = torch.cat(
@@ -147,7 +154,9 @@ def draw(source: torch.Generator, count: int, views: int, spread: float = SPREAD
     elevation = torch.deg2rad(uniform(*ELEVATION, views))
     distance = NEAREST * 2 ** uniform(0, 1, views)
     flat = distance * elevation.cos()
-    position = torch.stack((flat * azimuth.cos(), flat * azimuth.sin(), CENTRE_HEIGHT + distance * elevation.sin()), dim=-1)
+    position = torch.stack(
+        (flat * azimuth.cos(), flat * azimuth.sin(), CENTRE_HEIGHT + distance * elevation.sin()), dim=-1
+    )
     target = torch.cat((uniform(-0.3, 0.3, views, 2), CENTRE_HEIGHT + uniform(-0.2, 0.2, views, 1)), dim=-1)
     return Scenes(
         centre=torch.cat((place, height[..., None]), dim=-1),
@@ -167,7 +176,7 @@ def draw(source: torch.Generator, count: int, views: int, spread: float = SPREAD
 
 
 def look_at(position: Tensor, target: Tensor, roll: Tensor) -> Tensor:
-    """Camera-from-world [..., 3, 4] of cameras at `position` [..., 3] that look at `target`, turned by `roll` [...] radians."""
+    """Camera-from-world [..., 3, 4] of cameras at `position` looking at `target` [..., 3], rolled by radians [...]."""
     forward = torch.nn.functional.normalize(target - position, dim=-1)
     up = torch.tensor([0.0, 0.0, 1.0]).expand_as(forward)
     right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=-1)

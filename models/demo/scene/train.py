@@ -3,22 +3,23 @@
     python -m models.demo.scene.train --seconds 480 --out out/vggt --evaluate 64
     python -m models.demo.scene.train --resume out/vggt/state.pt --seconds 480 --out out/vggt
 
-The schedule (learning rate, picture size, number of views, spread of the azimuths) is driven by the share of the wall-clock
-budget that is spent, so that a run of any length ends at the end of its cosine. `--end 0.5` stops half-way through the
-schedule and `--resume` goes on from there; `--begin` goes back to an earlier point of it. `--steps` counts steps instead of
-seconds, and then the same seed gives the same run.
+The schedule (learning rate, picture size, number of views, spread of the azimuths) is driven by the share of the
+wall-clock budget that is spent, so that a run of any length ends at the end of its cosine. `--end 0.5` stops half-way
+through the schedule and `--resume` goes on from there; `--begin` goes back to an earlier point of it. `--steps` counts
+steps instead of seconds, and then the same seed gives the same run.
 
 On CUDA the whole step, rendering and optimizer included, is one CUDA graph for each shape of the schedule, with the
-per-token halves of the blocks, the depth loss and the renderer compiled by inductor. Where either cannot be had the program
-says so and goes on without.
+per-token halves of the blocks, the depth loss and the renderer compiled by inductor. Where either cannot be had the
+program says so and goes on without.
 
 Out: `config.json` and `model.safetensors` (the averaged weights, float16), `state.pt`, `curve.jsonl`, `results.jsonl`.
 
 The recipe is the paper's (§3.4: AdamW, warm-up and cosine, clipped gradients, L1 on the poses of every iteration,
 confidence-weighted depth) with choices of our own, for a small network that has minutes: layer scales start at
-`layer_scale` in place of 0.01; depth errors are taken in log depth; linear probes on the taps predict where each patch lies
-in the first view's frame, the point head's task at a hundredth of its price, and are thrown away after training; azimuths
-start close together.
+`layer_scale` in place of 0.01; depth errors are taken in log depth; azimuths start close together; queries and keys of
+the global blocks start alike; and two tasks are read off the taps by linear maps that are thrown away after training:
+where each patch lies in the first view's frame, and which patch of the first view shows the same place. They stand in
+for the point head and the track head at a hundredth of their price.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ DEMO = VGGTConfig(
     point_head=False,
 )
 TINY = replace(
-    DEMO, img_size=56, embed_dim=32, num_heads=1, encoder_depth=1, depth=4, taps=(0, 1, 2, 3), dpt_features=16, dpt_channels=(8, 8, 16, 16)
+    DEMO, img_size=56, embed_dim=32, num_heads=1, encoder_depth=1, depth=4, taps=(0, 1, 2, 3),
+    dpt_features=16, dpt_channels=(8, 8, 16, 16),
 )  # fmt: skip
 
 
@@ -70,8 +72,10 @@ class Stage:
 class TrainConfig:
     net: VGGTConfig = DEMO
     stages: tuple[Stage, ...] = (
-        Stage(0.6, 112, ((4, 128), (2, 256), (4, 128), (3, 170))),
-        Stage(0.4, 224, ((4, 32), (2, 64), (8, 16), (6, 21))),
+        Stage(
+            0.6, 112, ((4, 120), (2, 240), (3, 160))
+        ),  # one number of pictures: one compiled version of what is per token
+        Stage(0.4, 224, ((4, 30), (2, 60), (8, 15), (3, 40))),
     )
     seed: int = 0
     peak_lr: float = 6e-4
@@ -84,11 +88,14 @@ class TrainConfig:
     spread: tuple[float, float] = (25.0, 60.0)  # degrees, at the start and from `spread_done` on
     spread_done: float = 0.35  # of the schedule
     samples: int = 4  # rays for a pixel's colour
-    dense_views: int = 2  # of each scene, that get depth; a random one of the later views stands second anyhow
+    dense_views: int = 2  # of each scene, from the first on, that get depth: frames do not see each other in that head
     camera_weight: float = 5.0
     depth_weight: float = 1.0
     probe_weight: float = 2.0
     probe_taps: tuple[int, ...] = (1, 3)  # of the four
+    match_weight: float = 0.3
+    match_tap: int = 0  # of the four
+    alike: bool = True  # see initialise
     bf16: bool = True
     log_every: int = 50
 
@@ -138,7 +145,7 @@ def camera_loss(iterations: Tensor, pose: Tensor) -> Tensor:
 
 
 def depth_loss(depth: Tensor, confidence: Tensor, want: Tensor) -> Tensor:
-    """Error in log depth, the same weighted by confidence (which costs 0.2 of its logarithm), and the error's gradients.
+    """Error in log depth, the same weighted by confidence (whose logarithm earns 0.2), and the error's gradients.
 
     All [n, H, W]. The gradients are those of the error at four scales, each half as fine as the one before.
     """
@@ -161,7 +168,7 @@ class Probe(nn.Module):
         self.linear = nn.Linear(2 * config.embed_dim, 12)
 
     def loss(self, tap: Tensor, target: Target) -> Tensor:
-        """tap [B, S, tokens, 2 * dim]: L1 of the points, each divided by 0.3 plus its depth, so that far walls do not rule."""
+        """tap [B, S, tokens, 2 * dim]: L1 of the points, each over 0.3 + its depth: far walls do not rule."""
         half = self.patch // 2
         places = [quarter * half + half // 2 for quarter in (0, 1)]
         want = target.points.unflatten(2, (-1, self.patch)).unflatten(4, (-1, self.patch))
@@ -173,8 +180,43 @@ class Probe(nn.Module):
         return (error / (0.3 + near.flatten(2, 3))).mean()
 
 
-def initialise(net: VGGT, layer_scale: float) -> None:
-    """Weights to start from, in place. Poses start near the identity, fields of view above zero (below it relu learns nothing)."""
+class Matcher(nn.Module):
+    """Which patch of view 0 shows what a patch of another view shows, by the angle between maps of their tokens."""
+
+    def __init__(self, config: VGGTConfig) -> None:
+        super().__init__()
+        self.patch, self.special = config.patch_size, config.special
+        self.norm = nn.LayerNorm(2 * config.embed_dim)
+        self.linear = nn.Linear(2 * config.embed_dim, 64)
+        self.sharpness = nn.Parameter(torch.tensor(10.0))
+
+    def loss(self, tap: Tensor, target: Target) -> Tensor:
+        """tap [B, S, tokens, 2 * dim]: cross-entropy over view 0's patches, for patches whose middle it sees."""
+        size, middle = target.depth.shape[-1], self.patch // 2
+        places = target.points[:, 1:, middle :: self.patch, middle :: self.patch]  # [B, S - 1, h, w, 3]
+        focal = (size / 2) / torch.tan(target.pose[:, 0, 8] / 2)
+        x, y, z = places.unbind(-1)
+        u, v = (
+            (part / z.clamp(min=1e-3) * focal[:, None, None, None] + size / 2).round().clamp(-1, size).long()
+            for part in (x, y)
+        )
+        inside = (u >= 0) & (u < size) & (v >= 0) & (v < size) & (z > 1e-3)
+        u, v = u.clamp(0, size - 1), v.clamp(0, size - 1)
+        first = target.depth[:, 0].flatten(1).gather(1, (v * size + u).flatten(1)).view_as(z)
+        seen = (inside & ((first - z).abs() < 0.05 * z)).flatten(1).float()
+        right = (v // self.patch * (size // self.patch) + u // self.patch).flatten(1)
+
+        features = F.normalize(self.linear(self.norm(tap[:, :, self.special :].float())).float(), dim=-1)
+        scores = features[:, 1:].flatten(1, 2) @ features[:, 0].transpose(-1, -2) * self.sharpness
+        wrong = F.cross_entropy(scores.transpose(1, 2), right, reduction="none")
+        return (wrong * seen).sum() / seen.sum().clamp(min=1)
+
+
+def initialise(net: VGGT, layer_scale: float, alike: bool) -> None:
+    """Weights to start from, in place: poses near the identity, fields of view above zero, below which relu is deaf.
+
+    `alike` starts the global blocks with the same projection for queries and keys: a token first looks at its likes.
+    """
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -191,6 +233,11 @@ def initialise(net: VGGT, layer_scale: float) -> None:
         nn.init.normal_(table, std=0.02)
     nn.init.normal_(net.aggregator.camera_token, std=0.5)
     nn.init.normal_(net.aggregator.register_token, std=0.5)
+    if alike:
+        with torch.no_grad():
+            for block in net.aggregator.global_blocks:
+                query, key, _ = block.attn.qkv.weight.chunk(3)
+                key.copy_(query)
     last = net.camera_head.pose_branch.fc2
     with torch.no_grad():
         last.weight.mul_(0.1)
@@ -225,18 +272,19 @@ def stage_at(config: TrainConfig, progress: float) -> int:
 # The step
 
 
-METRICS = ("loss", "camera", "depth", "probe", "rotation_deg", "absrel", "grad_norm")
+METRICS = ("loss", "camera", "depth", "probe", "match", "rotation_deg", "absrel", "grad_norm")
 Compiled = Callable[..., Tensor]
 
 
 @dataclass
 class Run:
-    """Everything that a step changes, and the functions that it calls. Buffers never move: CUDA graphs point at them."""
+    """All that a step changes, and the functions that it calls. Buffers never move: CUDA graphs point at them."""
 
     config: TrainConfig
     device: str
     net: VGGT
-    probes: nn.ModuleList
+    probes: nn.ModuleList  # of config.probe_taps, in order
+    matcher: Matcher
     average: list[Tensor]
     optimizer: torch.optim.Optimizer
     lr: Tensor
@@ -249,18 +297,19 @@ class Run:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.net.parameters(), *self.probes.parameters()]
+        return [*self.net.parameters(), *self.probes.parameters(), *self.matcher.parameters()]
 
 
 def start(config: TrainConfig, device: str) -> Run:
     torch.manual_seed(config.seed)
     net = VGGT(config.net)
     probes = nn.ModuleList(Probe(config.net) for _ in config.probe_taps)
-    initialise(net, config.layer_scale)
-    net, probes = net.to(device), probes.to(device)
+    matcher = Matcher(config.net)
+    initialise(net, config.layer_scale, config.alike)
+    net, probes, matcher = net.to(device), probes.to(device), matcher.to(device)
     if device == "cuda":
         net.depth_head.to(memory_format=torch.channels_last)
-    parameters = [*net.parameters(), *probes.parameters()]
+    parameters = [*net.parameters(), *probes.parameters(), *matcher.parameters()]
     on_gpu = device == "cuda"
     lr = torch.zeros((), device=device)
     groups = [
@@ -273,6 +322,7 @@ def start(config: TrainConfig, device: str) -> Run:
         device=device,
         net=net,
         probes=probes,
+        matcher=matcher,
         average=[p.detach().clone() for p in net.parameters()],
         optimizer=optimizer,
         lr=lr,
@@ -291,22 +341,30 @@ def losses(run: Run, drawn: scenes.Scenes, size: int) -> tuple[Tensor, Tensor]:
         taps = run.net.aggregator(views.images)
         got: Prediction = run.net.heads(taps, (size, size), config.dense_views, chunk=0)
     camera = camera_loss(got.pose_iterations, target.pose)
-    probe = sum((p.loss(taps[i], target) for i, p in zip(config.probe_taps, run.probes, strict=True)), camera.new_zeros(()))
+    probe = sum(
+        (p.loss(taps[i], target) for i, p in zip(config.probe_taps, run.probes, strict=True)), camera.new_zeros(())
+    )
+    match = run.matcher.loss(taps[config.match_tap], target)
     if got.depth is None or got.depth_conf is None:
         raise ValueError("dense_views is at least 1: the depth head has to learn too")
     want = target.depth[:, : config.dense_views]
     depth = run.depth_loss(got.depth.flatten(0, 1), got.depth_conf.flatten(0, 1), want.flatten(0, 1))
-    loss = config.camera_weight * camera + config.depth_weight * depth + config.probe_weight * probe
+    loss = (
+        config.camera_weight * camera
+        + config.depth_weight * depth
+        + config.probe_weight * probe
+        + config.match_weight * match
+    )
     with torch.no_grad():
         chord = (F.normalize(got.pose[..., 1:, 3:7], dim=-1) * target.pose[..., 1:, 3:7]).sum(-1).abs().clamp(max=1)
         rotation = torch.rad2deg(2 * torch.acos(chord)).mean()
         relative = ((got.depth - want).abs() / want).mean()
-        facts = torch.stack((loss, camera, depth, probe, rotation, relative)).detach()
+        facts = torch.stack((loss, camera, depth, probe, match, rotation, relative)).detach()
     return loss, facts
 
 
 def step(run: Run, drawn: scenes.Scenes, size: int) -> None:
-    """One step of training on `drawn`: render, forward, backward, clip, update, average. Does not wait for the device."""
+    """One step on `drawn`: render, forward, backward, clip, update, average. Does not wait for the device."""
     loss, facts = losses(run, drawn, size)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.parameters, run.config.clip)
@@ -322,9 +380,12 @@ def compile_parts(run: Run) -> None:
     before, after = (torch.compile(part, dynamic=False) for part in (Block.before, Block.after))
     for block in run.net.aggregator.modules():
         if isinstance(block, Block):
-            block.before = types.MethodType(before, block)  # type: ignore[method-assign]  # one compiled version serves all
-            block.after = types.MethodType(after, block)  # type: ignore[method-assign]
-    run.depth_loss = torch.compile(depth_loss, dynamic=False)
+            # On the instance, where plain_parts can take it away again; one compiled version serves all blocks.
+            block.__dict__["before"] = types.MethodType(before, block)
+            block.__dict__["after"] = types.MethodType(after, block)
+    run.depth_loss = torch.compile(
+        depth_loss, dynamic=True
+    )  # the number of its pictures is not the same for all shapes
     run.shaded = torch.compile(render.colour, dynamic=False)
     run.measured = torch.compile(render.depth, dynamic=False)
 
@@ -346,7 +407,7 @@ def shapes_of(config: TrainConfig, begin: float, end: float) -> list[tuple[int, 
 
 
 def prepare(run: Run, shapes: list[tuple[int, int, int]], use_compile: bool, use_graphs: bool) -> None:
-    """Compile and capture for these shapes, ahead of the clock. The steps that this takes leave no trace but warm caches."""
+    """Compile and capture for these shapes, ahead of the clock. Its steps leave no trace in the weights."""
     kept = snapshot(run)
     if use_compile:
         compile_parts(run)
@@ -368,7 +429,9 @@ def prepare(run: Run, shapes: list[tuple[int, int, int]], use_compile: bool, use
                 with torch.cuda.graph(graph, pool=pool):
                     step(run, static, size)
             except Exception as error:  # the same: a step that cannot be captured can still be run
-                print(f"CAPTURE OF {shape} FAILED, GOING ON WITHOUT GRAPHS: {type(error).__name__}: {error}", flush=True)
+                print(
+                    f"CAPTURE OF {shape} FAILED, GOING ON WITHOUT GRAPHS: {type(error).__name__}: {error}", flush=True
+                )
                 run.graphs.clear()
                 torch.cuda.synchronize()
                 break
@@ -385,10 +448,17 @@ def _warm_up(run: Run, shapes: list[tuple[int, int, int]]) -> None:
         for size, views, count in shapes:
             began = time.perf_counter()
             for attempt in range(3 if side else 1):
-                step(run, scenes.draw(scenes.generator("train", run.config.seed, attempt), count, views).to(run.device), size)
+                step(
+                    run,
+                    scenes.draw(scenes.generator("train", run.config.seed, attempt), count, views).to(run.device),
+                    size,
+                )
             if side:
                 side.synchronize()
-            print(f"prepared {size}² with {views} views of {count} scenes in {time.perf_counter() - began:.1f} s", flush=True)
+            print(
+                f"prepared {size}² with {views} views of {count} scenes in {time.perf_counter() - began:.1f} s",
+                flush=True,
+            )
     if side:
         torch.cuda.current_stream().wait_stream(side)
 
@@ -410,9 +480,14 @@ def snapshot(run: Run) -> dict[str, object]:
     return {
         "net": {key: value.detach().clone() for key, value in run.net.state_dict().items()},
         "probes": {key: value.detach().clone() for key, value in run.probes.state_dict().items()},
+        "matcher": {key: value.detach().clone() for key, value in run.matcher.state_dict().items()},
         "average": [value.clone() for value in run.average],
         "moments": [
-            {name: value.detach().clone() for name, value in run.optimizer.state[p].items() if isinstance(value, Tensor)}
+            {
+                name: value.detach().clone()
+                for name, value in run.optimizer.state[p].items()
+                if isinstance(value, Tensor)
+            }
             for p in run.parameters
         ],
     }
@@ -423,6 +498,7 @@ def restore(run: Run, kept: dict) -> None:  # type: ignore[type-arg]  # as torch
     """Bring back a snapshot, in place. Moments that it does not have become zero."""
     run.net.load_state_dict(kept["net"])
     run.probes.load_state_dict(kept["probes"])
+    run.matcher.load_state_dict(kept["matcher"])
     for value, old in zip(run.average, kept["average"], strict=True):
         value.copy_(old)
     for parameter, old in zip(run.parameters, kept["moments"], strict=True):
@@ -461,11 +537,14 @@ def train(
     prepare(run, shapes_of(config, begin, end), use_compile, use_graphs)
     began = time.perf_counter()
     budget = max(1.0, seconds - (began - origin) - 5.0)  # five seconds to save
-    print(f"prepared in {began - origin:.1f} s; training for {'%d steps' % steps if steps else '%.0f s' % budget}", flush=True)
+    print(
+        f"prepared in {began - origin:.1f} s; training for {f'{steps} steps' if steps else f'{budget:.0f} s'}",
+        flush=True,
+    )
 
     curve: list[dict[str, float]] = []
     seen = int(resume["scenes"]) if resume else 0
-    done, noted, noted_at, samples = 0, 0, began, 0
+    done, noted, noted_at = 0, 0, began
     with (out / "curve.jsonl").open("a") as file:
         while True:
             spent = done / steps if steps else (time.perf_counter() - began) / budget
@@ -473,9 +552,8 @@ def train(
             if spent >= 1:
                 break
             stage = config.stages[stage_at(config, progress)]
-            views, count = stage.shapes[done % len(stage.shapes)]
-            # After a pause the moments are a little stale: climb back over 40 steps.
-            rate = learning_rate(config, progress) * min(1.0, (done + 1) / 40 if resume else 1.0)
+            views, count = stage.shapes[(first + done) % len(stage.shapes)]
+            rate = learning_rate(config, progress)
             if run.device == "cuda":
                 run.lr.fill_(rate)
             else:
@@ -491,15 +569,21 @@ def train(
                 graph.replay()
             else:
                 step(run, drawn, stage.size)
-            done, seen, samples = done + 1, seen + count, samples + count
+            done, seen = done + 1, seen + count
             if done % config.log_every == 0 or done == steps:
                 *sums, number = run.totals.tolist()  # waits for the device
                 run.totals.zero_()
                 now = time.perf_counter()
-                row = {"step": first + done, "scenes": seen, "progress": round(progress, 4), "size": stage.size, "lr": rate}
+                row = {
+                    "step": first + done,
+                    "scenes": seen,
+                    "progress": round(progress, 4),
+                    "size": stage.size,
+                    "lr": rate,
+                }
                 row |= {name: round(value / number, 5) for name, value in zip(METRICS, sums, strict=True)}
                 row |= {"seconds": round(now - began, 2), "ms_step": round((now - noted_at) * 1e3 / (done - noted), 2)}
-                noted, noted_at, samples = done, now, 0
+                noted, noted_at = done, now
                 curve.append(row)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
@@ -552,14 +636,18 @@ def main() -> None:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--seconds", type=float, default=math.inf, help="wall clock, preparations and saving included")
     length.add_argument("--steps", type=int)
-    parser.add_argument("--begin", type=float, help="point of the schedule to begin at; by default where --resume left off")
+    parser.add_argument(
+        "--begin", type=float, help="point of the schedule to begin at; by default where --resume left off"
+    )
     parser.add_argument("--end", type=float, default=1.0, help="point of the schedule to end at")
     parser.add_argument("--resume", type=Path, help="a state.pt")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-graphs", action="store_true")
-    parser.add_argument("--evaluate", type=int, default=0, metavar="N", help="measure on N held-out scenes per number of views")
+    parser.add_argument(
+        "--evaluate", type=int, default=0, metavar="N", help="measure on N held-out scenes per number of views"
+    )
     arguments = parser.parse_args()
 
     config = configured(arguments.config, arguments.set)
@@ -567,10 +655,14 @@ def main() -> None:
     if on_gpu:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.enable_cudnn_sdp(False)  # flash attention is as fast at these lengths and captures without plans
+        torch.backends.cuda.enable_cudnn_sdp(
+            False
+        )  # flash attention is as fast at these lengths and captures without plans
     arguments.out.mkdir(parents=True, exist_ok=True)
     run = start(config, arguments.device)
-    resume = torch.load(arguments.resume, map_location=arguments.device, weights_only=True) if arguments.resume else None
+    resume = (
+        torch.load(arguments.resume, map_location=arguments.device, weights_only=True) if arguments.resume else None
+    )
     begin = arguments.begin if arguments.begin is not None else (resume or {}).get("progress", 0.0)
     train(
         run,
