@@ -1,11 +1,11 @@
 """Pictures, exact depth, poses and intrinsics of `Scenes`, ray-cast in plain torch, on any device.
 
 A pixel's ray has z = 1 in its camera's frame, so the distance along the ray *is* the z-depth. Boxes, ellipsoids, walls
-and ceiling are met in closed form; the height field by a march of fixed steps through its slab and a bisection, which
-finds a true point of the surface, and at grazing angles may step over the tip of a wave. Everything is elementwise over
-[B, S, H, W], with loops over shapes and steps unrolled: torch.compile makes a few kernels of it.
+and ceiling are met in closed form; the height field by a march of fixed steps through its slab, a bisection and a
+secant step, which find a true point of the surface, and at grazing angles may step over the tip of a wave.
 
-Pixel centres are the integers 0..W-1 and the principal point is W/2, as VGGT has it.
+Pixel centres are the integers 0..W-1 and the principal point is W/2, as VGGT has it. This file is the meaning, and what
+a CPU runs; render_triton.py is the same in one kernel.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from models.cameras import intrinsics_from_fov, small_product
 from models.demo.scene.scenes import BOXES, CEILING, GROUND, SHAPES, WALLS, Scenes
 from models.demo.scene.textures import LEVELS, TILE
 
-MARCH, BISECT = 20, 8
+MARCH, BISECT = 14, 6
 FAR = 1e6
 Vec = tuple[Tensor, Tensor, Tensor]
+Trace = Callable[[Scenes, int, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,52 +37,38 @@ class Views:
     intrinsics: Tensor  # [B, S, 3, 3]
 
 
-def render(
-    scenes: Scenes,
-    size: int,
-    pyramid: Tensor,
-    samples: int = 4,
-    shaded: Callable[..., Tensor] | None = None,
-    measured: Callable[..., Tensor] | None = None,
-) -> Views:
-    """Square pictures of `size` pixels, a colour the mean of `samples` (1 or 4) rays; depth is that of the centre ray.
+def render(scenes: Scenes, size: int, pyramid: Tensor, samples: int = 5, traced: Trace | None = None) -> Views:
+    """Square pictures of `size` pixels; a colour is the mean of `samples` (1 or 5) rays, depth that of the centre ray.
 
-    `pyramid` is `textures.load()` on the scenes' device. `shaded` and `measured` stand in for `colour` and `depth`,
-    where the caller has compiled them.
+    `pyramid` is `textures.load()` on the scenes' device. `traced` is `trace` or its like; left out, it is the Triton
+    kernel of render_triton.py on CUDA, and `trace` elsewhere.
     """
-    if samples not in (1, 4):
-        raise ValueError(f"samples is 1 or 4, got {samples}")
-    shaded, measured = shaded or colour, measured or depth
-    device = scenes.centre.device
-
-    def offset(
-        x: float, y: float
-    ) -> Tensor:  # a tensor made on the device: one compiled version, and no copy in a CUDA graph
-        return torch.stack((torch.full((), x, device=device), torch.full((), y, device=device)))
-
-    around = [(0.0, 0.0)] if samples == 1 else [(x, y) for x in (-0.25, 0.25) for y in (-0.25, 0.25)]
-    images = shaded(scenes, size, pyramid, offset(*around[0]))
-    for place in around[1:]:
-        images = images + shaded(scenes, size, pyramid, offset(*place))
-    return Views(
-        images=images / samples,
-        depth=measured(scenes, size, offset(0.0, 0.0)),
-        extrinsics=scenes.extrinsics,
-        intrinsics=intrinsics_from_fov(scenes.fov, scenes.fov, (size, size)).expand(-1, scenes.views, -1, -1),
-    )
+    if samples not in (1, 5):
+        raise ValueError(f"samples is 1 or 5, got {samples}")
+    if traced is None and scenes.fov.is_cuda:
+        from models.demo.scene.render_triton import trace as traced
+    images, depth = (traced or trace)(scenes, size, pyramid, samples)
+    intrinsics = intrinsics_from_fov(scenes.fov, scenes.fov, (size, size)).expand(-1, scenes.views, -1, -1)
+    return Views(images, depth, scenes.extrinsics, intrinsics)
 
 
-def depth(scenes: Scenes, size: int, offset: Tensor) -> Tensor:
-    """[B, S, size, size]: z-depth of the nearest surface through each pixel centre moved by `offset` (x, y) pixels."""
-    origin, direction = _rays(scenes, size, offset)
-    return _nearest(scenes, origin, direction)[0]
+def trace(scenes: Scenes, size: int, pyramid: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Images [B, S, 3, size, size] and depth [B, S, size, size]: the meaning of the kernel, in plain torch."""
+    colour, depth = _through(scenes, size, pyramid, 0.0, 0.0)
+    for x, y in [(x, y) for x in (-0.3, 0.3) for y in (-0.3, 0.3)] if samples == 5 else []:
+        colour = colour + _through(scenes, size, pyramid, x, y)[0]
+    return colour / samples, depth
 
 
-def colour(scenes: Scenes, size: int, pyramid: Tensor, offset: Tensor) -> Tensor:
-    """[B, S, 3, size, size]: light that comes back along the ray through each pixel centre moved by `offset` pixels."""
-    origin, direction = _rays(scenes, size, offset)
+def _through(scenes: Scenes, size: int, pyramid: Tensor, x: float, y: float) -> tuple[Tensor, Tensor]:
+    """What comes back along the ray through each pixel centre moved by (x, y) pixels: light, and the distance."""
+    origin, direction = _rays(scenes, size, x, y)
     distance, hit = _nearest(scenes, origin, direction)
-    point = tuple(o + distance * d for o, d in zip(origin, direction, strict=True))
+    point = (
+        origin[0] + distance * direction[0],
+        origin[1] + distance * direction[1],
+        origin[2] + distance * direction[2],
+    )
     normal, (u, v) = _surface(scenes, point, hit)
 
     along = sum(d * d for d in direction).sqrt()
@@ -104,7 +91,7 @@ def colour(scenes: Scenes, size: int, pyramid: Tensor, offset: Tensor) -> Tensor
         mixed = base * (1 + material[7] * 1.2 * (photo[channel] - 0.5))
         blend = (material[7] - 0.35).clamp(min=0) * 1.6
         channels.append(((mixed * (1 - blend) + photo[channel] * blend) * light).clamp(0, 1))
-    return torch.stack(channels, dim=2)
+    return torch.stack(channels, dim=2), distance
 
 
 def _per_scene(value: Tensor) -> Tensor:
@@ -112,11 +99,11 @@ def _per_scene(value: Tensor) -> Tensor:
     return value.reshape(-1, 1, 1, 1)
 
 
-def _rays(scenes: Scenes, size: int, offset: Tensor) -> tuple[Vec, Vec]:
+def _rays(scenes: Scenes, size: int, x_offset: float, y_offset: float) -> tuple[Vec, Vec]:
     """Origins [B, S, 1, 1] and directions [B, S, H, W], three of each; a direction is 1 long along the optical axis."""
-    pixel = torch.arange(size, device=offset.device, dtype=torch.float32) - size / 2
+    pixel = torch.arange(size, device=scenes.fov.device, dtype=torch.float32) - size / 2
     slope = 2 * torch.tan(_per_scene(scenes.fov) / 2) / size
-    x, y = (pixel + offset[0]) * slope, (pixel + offset[1])[:, None] * slope
+    x, y = (pixel + x_offset) * slope, (pixel + y_offset)[:, None] * slope
     rotation = scenes.extrinsics[..., :3]
     position = -small_product(rotation.transpose(-1, -2), scenes.extrinsics[..., 3:])[..., 0]
     r = [[rotation[..., i, j, None, None] for j in range(3)] for i in range(3)]
@@ -214,7 +201,7 @@ def _ground_distance(scenes: Scenes, origin: Vec, direction: Vec) -> Tensor:
         middle = (low + high) / 2
         over = above(middle)
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-    # A last secant step takes the bisection's 1/256 of a march step down to float32's own rounding.
+    # A last secant step takes the bisection's 1/64 of a march step down to float32's own rounding.
     (x0, y0, z0), (x1, y1, z1) = (tuple(o + t * d for o, d in zip(origin, direction, strict=True)) for t in (low, high))
     over, under = z0 - _height(scenes, x0, y0), z1 - _height(scenes, x1, y1)
     met = low + (high - low) * (over / (over - under).clamp(min=1e-9)).clamp(0, 1)

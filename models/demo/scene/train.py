@@ -9,7 +9,7 @@ through the schedule and `--resume` goes on from there; `--begin` goes back to a
 steps instead of seconds, and then the same seed gives the same run.
 
 On CUDA the whole step, rendering and optimizer included, is one CUDA graph for each shape of the schedule, with the
-per-token halves of the blocks, the depth loss and the renderer compiled by inductor. Where either cannot be had the
+per-token halves of the blocks and the depth loss compiled by inductor. Where either cannot be had the
 program says so and goes on without.
 
 Out: `config.json` and `model.safetensors` (the averaged weights, float16), `state.pt`, `curve.jsonl`, `results.jsonl`.
@@ -87,7 +87,7 @@ class TrainConfig:
     layer_scale: float = 0.3
     spread: tuple[float, float] = (25.0, 60.0)  # degrees, at the start and from `spread_done` on
     spread_done: float = 0.35  # of the schedule
-    samples: int = 4  # rays for a pixel's colour
+    samples: int = 5  # rays for a pixel's colour
     dense_views: int = 2  # of each scene, from the first on, that get depth: frames do not see each other in that head
     camera_weight: float = 5.0
     depth_weight: float = 1.0
@@ -273,7 +273,6 @@ def stage_at(config: TrainConfig, progress: float) -> int:
 
 
 METRICS = ("loss", "camera", "depth", "probe", "match", "rotation_deg", "absrel", "grad_norm")
-Compiled = Callable[..., Tensor]
 
 
 @dataclass
@@ -290,9 +289,8 @@ class Run:
     lr: Tensor
     totals: Tensor
     pyramid: Tensor
-    shaded: Compiled = render.colour
-    measured: Compiled = render.depth
-    depth_loss: Compiled = depth_loss
+    traced: render.Trace | None = None  # None: whatever is fastest on this device
+    depth_loss: Callable[..., Tensor] = depth_loss
     graphs: dict[tuple[int, int, int], tuple[torch.cuda.CUDAGraph, scenes.Scenes]] = field(default_factory=dict)
 
     @property
@@ -335,7 +333,7 @@ def losses(run: Run, drawn: scenes.Scenes, size: int) -> tuple[Tensor, Tensor]:
     """The loss of one batch, and METRICS without the gradient's norm, detached."""
     config = run.config
     with torch.no_grad():
-        views = render.render(drawn, size, run.pyramid, config.samples, run.shaded, run.measured)
+        views = render.render(drawn, size, run.pyramid, config.samples, run.traced)
         target = target_of(views)
     with torch.autocast(run.device, torch.bfloat16, enabled=config.bf16):
         taps = run.net.aggregator(views.images)
@@ -376,18 +374,15 @@ def step(run: Run, drawn: scenes.Scenes, size: int) -> None:
 
 
 def compile_parts(run: Run) -> None:
-    """Let inductor fuse what is elementwise: between the attentions, in the loss, and the whole renderer."""
-    before, after = (torch.compile(part, dynamic=False) for part in (Block.before, Block.after))
+    """Let inductor fuse what is elementwise: between the attentions, and in the depth loss."""
+    # Symbolic sizes: compiled once for all stages. A version for each would be a little faster and take a minute more.
+    before, after = (torch.compile(part, dynamic=True) for part in (Block.before, Block.after))
     for block in run.net.aggregator.modules():
         if isinstance(block, Block):
             # On the instance, where plain_parts can take it away again; one compiled version serves all blocks.
             block.__dict__["before"] = types.MethodType(before, block)
             block.__dict__["after"] = types.MethodType(after, block)
-    run.depth_loss = torch.compile(
-        depth_loss, dynamic=True
-    )  # the number of its pictures is not the same for all shapes
-    run.shaded = torch.compile(render.colour, dynamic=False)
-    run.measured = torch.compile(render.depth, dynamic=False)
+    run.depth_loss = torch.compile(depth_loss, dynamic=True)
 
 
 def plain_parts(run: Run) -> None:
@@ -396,7 +391,7 @@ def plain_parts(run: Run) -> None:
         if isinstance(block, Block):
             block.__dict__.pop("before", None)
             block.__dict__.pop("after", None)
-    run.depth_loss, run.shaded, run.measured = depth_loss, render.colour, render.depth
+    run.depth_loss = depth_loss
 
 
 def shapes_of(config: TrainConfig, begin: float, end: float) -> list[tuple[int, int, int]]:

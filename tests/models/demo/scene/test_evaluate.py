@@ -67,7 +67,7 @@ def test_knowing_all_but_the_azimuth_scores_below_the_controls_gate():
 
 
 def test_a_constant_depth_is_far_off():
-    depth = render.depth(drawn(24, 3), 28, torch.zeros(2))
+    depth = render.render(drawn(24, 3), 28, evaluate.textures.load(), samples=1).depth
     assert evaluate.abs_rel(torch.ones_like(depth), depth).mean() >= 0.30
 
 
