@@ -239,10 +239,10 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [n, 3, H, W] to patch tokens [n, patches, dim]."""
         n, _, height, width = images.shape
-        patches = self.patch_embed(images)
-        x = torch.cat((self.cls_token.expand(n, -1, -1).to(patches.dtype), patches), dim=1)
-        x = x + self.positions(height // self.patch, width // self.patch).to(patches.dtype)
-        registers = self.register_tokens.expand(n, -1, -1).to(patches.dtype)
+        patches = self.patch_embed(images).to(self.cls_token.dtype)  # under autocast the residual stream stays float32
+        x = torch.cat((self.cls_token.expand(n, -1, -1), patches), dim=1)
+        x = x + self.positions(height // self.patch, width // self.patch).to(x.dtype)
+        registers = self.register_tokens.expand(n, -1, -1)
         x = torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)
         for block in self.blocks:
             x = block(x)

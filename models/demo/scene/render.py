@@ -113,7 +113,8 @@ def _rays(scenes: Scenes, size: int, x_offset: float, y_offset: float) -> tuple[
 
 
 def _nonzero(value: Tensor) -> Tensor:
-    return torch.where(value.abs() < 1e-8, 1e-8, value)
+    """Zero becomes the smallest step in its own direction: a wall that a ray runs along is far ahead, never behind."""
+    return torch.where(value.abs() < 1e-8, torch.where(value > 0, 1e-8, -1e-8), value)
 
 
 def _nearest(scenes: Scenes, origin: Vec, direction: Vec) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def trace(scenes: Scenes, size: int, pyramid: Tensor, samples: int) -> tuple[Ten
 
 @triton.jit
 def _nonzero(value):
-    return tl.where(tl.abs(value) < 1e-8, 1e-8, value)
+    return tl.where(tl.abs(value) < 1e-8, tl.where(value > 0, 1e-8, -1e-8), value)
 
 
 @triton.jit

@@ -102,9 +102,11 @@ def draw(source: torch.Generator, count: int, views: int, spread: float = SPREAD
         order = torch.cat([shuffled(len(PALETTE)) for _ in range(math.ceil(rows / len(PALETTE)))], dim=1)[:, :rows]
         return (palette[order] + uniform(-0.07, 0.07, rows, 3)).clamp(0, 1)
 
-    # Objects stand on the cells of a jittered grid, so they do not run into each other.
-    cells = torch.tensor([(x, y) for x in (-0.75, -0.25, 0.25, 0.75) for y in (-0.75, -0.25, 0.25, 0.75)])
-    place = cells[shuffled(len(cells))[:, :SHAPES]] * 1.3 + uniform(-0.12, 0.12, SHAPES, 2)
+    # Objects stand on the cells of a jittered grid, so they do not run into each other. It has no corners: no object
+    # reaches as far as the nearest camera.
+    steps = (-0.975, -0.325, 0.325, 0.975)
+    cells = torch.tensor([(x, y) for x in steps for y in steps if abs(x) + abs(y) < 1.5])
+    place = cells[shuffled(len(cells))[:, :SHAPES]] + uniform(-0.12, 0.12, SHAPES, 2)
     half = torch.cat((uniform(0.10, 0.26, SHAPES, 2), uniform(0.10, 0.30, SHAPES, 1)), dim=2)
     tall = uniform(0, 1, BOXES) < 0.4
     half[:, :BOXES, 2] = torch.where(tall, uniform(0.35, 0.62, BOXES), half[:, :BOXES, 2])

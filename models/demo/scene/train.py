@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from models.cameras import encode_pose, relative_to_first, unproject
 from models.demo.scene import evaluate, render, scenes, textures
-from models.vggt_net import VGGT, Block, LayerScale, Prediction, VGGTConfig, save_config
+from models.vggt_net import VGGT, Block, LayerScale, Prediction, VGGTConfig, load, save_config
 
 DEMO = VGGTConfig(
     img_size=224,
@@ -78,7 +78,7 @@ class TrainConfig:
         Stage(0.4, 224, ((4, 30), (2, 60), (8, 15), (3, 40))),
     )
     seed: int = 0
-    peak_lr: float = 6e-4
+    peak_lr: float = 8e-4
     last_lr: float = 0.01  # of the peak
     warm_up: float = 0.03  # of the schedule
     weight_decay: float = 0.05
@@ -315,6 +315,9 @@ def start(config: TrainConfig, device: str) -> Run:
         {"params": [p for p in parameters if p.dim() < 2 or p.shape[0] == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr if on_gpu else 0.0, betas=(0.9, 0.95), fused=True, capturable=on_gpu)
+    if on_gpu:
+        for group in optimizer.param_groups:
+            group["lr"] = lr  # this very tensor: a CUDA graph reads it
     return Run(
         config=config,
         device=device,
@@ -518,10 +521,12 @@ def train(
     use_compile: bool = False,
     use_graphs: bool = False,
     resume: dict | None = None,  # type: ignore[type-arg]  # as torch.load gives it
+    state: Path | None = None,
 ) -> list[dict[str, float]]:
     """Follow the schedule from `begin` to `end` in `seconds` of wall clock, preparations included, or in `steps` steps.
 
-    Writes the curve as it goes and the state and the averaged weights at the end. Returns the curve.
+    Writes the curve as it goes, and once a minute and at the end the averaged weights into `out` and all that is needed
+    to go on into `state`. Returns the curve.
     """
     if (steps is None) == math.isinf(seconds):
         raise ValueError("give either seconds or steps")
@@ -539,7 +544,7 @@ def train(
 
     curve: list[dict[str, float]] = []
     seen = int(resume["scenes"]) if resume else 0
-    done, noted, noted_at = 0, 0, began
+    done, noted, noted_at, told_at, saved_at = 0, 0, began, -math.inf, began
     with (out / "curve.jsonl").open("a") as file:
         while True:
             spent = done / steps if steps else (time.perf_counter() - began) / budget
@@ -582,13 +587,17 @@ def train(
                 curve.append(row)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                if len(curve) % 4 == 1 or steps:
+                if steps or now - told_at > 10:
                     print(" ".join(f"{name}={value:g}" for name, value in row.items()), flush=True)
+                    told_at = now
                 if not math.isfinite(row["loss"]):
-                    raise FloatingPointError(f"the loss is {row['loss']} at step {row['step']}; nothing was saved")
-    state = snapshot(run) | {"step": first + done, "scenes": seen, "progress": min(progress, end)}
-    torch.save(state, out / "state.pt")
-    save(run, out)
+                    raise FloatingPointError(
+                        f"the loss is {row['loss']} at step {row['step']}; what was saved is older"
+                    )
+                if now - saved_at > 60:  # a lent machine may be taken away
+                    save(run, out, state, {"step": first + done, "scenes": seen, "progress": progress})
+                    saved_at = now
+    save(run, out, state, {"step": first + done, "scenes": seen, "progress": min(progress, end)})
     return curve
 
 
@@ -601,8 +610,9 @@ def averaged(run: Run) -> VGGT:
     return net.eval()
 
 
-def save(run: Run, out: Path) -> None:
-    """`config.json` and `model.safetensors`, float16."""
+def save(run: Run, out: Path, state: Path | None, where: dict[str, float]) -> None:
+    """`config.json` and `model.safetensors`, float16, into `out`; a snapshot and where the run stands into `state`."""
+    torch.save(snapshot(run) | where, state or out / "state.pt")
     weights = {key: value.half().cpu().contiguous() for key, value in averaged(run).state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     save_config(run.config.net, out / "config.json")
@@ -635,7 +645,9 @@ def main() -> None:
         "--begin", type=float, help="point of the schedule to begin at; by default where --resume left off"
     )
     parser.add_argument("--end", type=float, default=1.0, help="point of the schedule to end at")
-    parser.add_argument("--resume", type=Path, help="a state.pt")
+    parser.add_argument("--resume", type=Path, help="a state.pt: weights, averages and moments")
+    parser.add_argument("--weights", type=Path, help="begin with a folder's averaged weights, and no moments")
+    parser.add_argument("--state", type=Path, help="where to leave the state (about 80 MB); by default in --out")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true")
@@ -655,6 +667,10 @@ def main() -> None:
         )  # flash attention is as fast at these lengths and captures without plans
     arguments.out.mkdir(parents=True, exist_ok=True)
     run = start(config, arguments.device)
+    if arguments.weights:
+        given, _ = load(arguments.weights)
+        run.net.load_state_dict(given.float().state_dict())
+        run.average = [p.detach().clone() for p in run.net.parameters()]
     resume = (
         torch.load(arguments.resume, map_location=arguments.device, weights_only=True) if arguments.resume else None
     )
@@ -669,6 +685,7 @@ def main() -> None:
         use_compile=on_gpu and not arguments.no_compile,
         use_graphs=on_gpu and not arguments.no_graphs,
         resume=resume,
+        state=arguments.state,
     )
     if arguments.evaluate:
         figures = evaluate.evaluate(

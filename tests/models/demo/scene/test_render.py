@@ -112,6 +112,18 @@ def test_a_place_seen_by_two_cameras_has_one_colour(pyramid):
     assert (first - shuffled).abs().median() > 0.15
 
 
+@pytest.mark.parametrize("slope", [0.0, 1e-12, -1e-12])
+def test_a_wall_that_a_ray_runs_along_is_never_hit_behind_the_camera(slope):
+    drawn = emptied(draw(1, 1))
+    room = torch.tensor([[5.0, 4.0, 4.0, 1.0, 0.0]])
+    rotation = torch.tensor([[0.0, 1.0, slope], [0.0, 0.0, -1.0], [1.0, slope, 0.0]])
+    extrinsics = torch.cat((rotation, -rotation @ torch.tensor([[1.0], [1.0], [1.0]])), dim=1)[None, None]
+    drawn = replace(drawn, room=room, extrinsics=extrinsics)  # looks along x, from x = 1
+    depth = render.render(drawn, 2, textures.load(), samples=1).depth
+    assert depth[0, 0, 1, 1] == pytest.approx(4.0)  # the pixel in the middle looks straight ahead
+    assert ((depth > 0) & (depth < 10)).all()
+
+
 def test_pictures_are_in_range_and_of_the_promised_shapes(pyramid):
     views = render.render(draw(2, 3), 28, pyramid)
     assert views.images.shape == (2, 3, 3, 28, 28)

@@ -83,6 +83,16 @@ def test_a_camera_is_inside_the_room_and_above_the_ground():
     assert (where[..., 2] > drawn.amplitude).all()
 
 
+def test_no_camera_is_inside_an_object():
+    drawn = draw(count=2000)
+    where = positions(drawn)[:, :, None]  # [B, S, 1, 3]
+    offset = where - drawn.centre[:, None]
+    cosine, sine = (drawn.turn[:, None, :, part] for part in range(2))
+    x, y = offset[..., 0] * cosine + offset[..., 1] * sine, offset[..., 1] * cosine - offset[..., 0] * sine
+    scaled = torch.stack((x, y, offset[..., 2]), dim=-1).abs() / drawn.half[:, None]
+    assert (scaled.amax(-1)[(drawn.half[:, None, :, 0] > 0).expand_as(x)] > 1).all()
+
+
 def test_a_move_keeps_every_number():
     drawn = draw(count=2)
     assert torch.equal(numbers(drawn.to("cpu")), numbers(drawn))
