@@ -41,7 +41,7 @@ class Scale:
 @dataclass(frozen=True)
 class Recipe:
     sizes: networks.Sizes = networks.DEMO
-    scales: tuple[Scale, ...] = (Scale(17, 96, 160, 40_000, 256, 0.25), Scale(33, 192, 320, 28_000, 48, 0.75))
+    scales: tuple[Scale, ...] = (Scale(17, 96, 160, 24_000, 256, 0.3), Scale(33, 192, 320, 18_000, 48, 0.7))
     muon_rate: float = 2e-3
     adam_rate: float = 1e-3
     drop: float = 0.1  # of the captions are left out, for guidance
