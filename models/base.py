@@ -1,15 +1,23 @@
 """What a family of generators promises to the offline stage and to the worker. Imports no torch: the words are free.
 
-A *family* knows one architecture: where its checkpoints lie on disk, which of its layers may shrink, what to calibrate
-it with. A *generator* is one loaded checkpoint or artifact of a family, warm, that turns inputs into files.
+A *family* knows one architecture: what its checkpoints look like on disk, how to load and to write them. A *model* is one
+loaded checkpoint or artifact: which of its layers may shrink, what to calibrate it with, how its output is judged. To a
+worker it is a *generator*, warm, that turns inputs into files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from quant_runtime.artifact import Manifest
+    from quant_runtime.attention import AttentionPlan, AttentionState
 
 Kind = Literal["video", "scene"]
 OnStep = Callable[[int, int], None]  # (step done, of how many); raising from it ends the run at this step boundary
@@ -86,10 +94,69 @@ class Outputs:
 
 
 class Generator(Protocol):
-    """One loaded model. Not thread-safe: a worker calls it from one thread at a time."""
+    """One loaded model, as a worker sees it. Not thread-safe: called from one thread at a time."""
 
     kind: Kind
 
     def run(self, inputs: VideoInputs | SceneInputs, folder: Path, on_step: OnStep) -> Outputs:
         """Generate and write the files into `folder`. Raises BadInput for inputs that can never work."""
+        ...
+
+
+class Model(Generator, Protocol):
+    """One loaded model, as the offline stage sees it."""
+
+    network: nn.Module  # whose linear layers shrink
+    attention: AttentionState  # how its self-attention runs, and what density it ran at
+
+    def layers(self) -> list[str]:
+        """Names, inside `network`, of the linear layers to compress."""
+        ...
+
+    def shared(self) -> list[Sequence[str]]:
+        """Groups of those that are fed the same tensor: a method treats a group's input alike."""
+        ...
+
+    def attend(self, plan: AttentionPlan) -> None:
+        """From now on self-attention runs by this plan."""
+        ...
+
+    def calibrate(self, samples: int, on_sample: OnStep) -> None:
+        """Run the network on this many of the family's named calibration samples."""
+        ...
+
+    def judge(self, other: Model, samples: int, on_sample: OnStep) -> dict[str, float]:
+        """How close this model's outputs are to `other`'s, the same in full precision, on named held-out samples."""
+        ...
+
+    def limits(self) -> VideoLimits | SceneLimits:
+        """What requests it takes."""
+        ...
+
+
+class Family(Protocol):
+    """One architecture. Stateless; FAMILIES in models/registry.py holds one of each."""
+
+    name: str
+    kind: Kind
+    component: str  # the folder inside a checkpoint that holds the network's weights; "" is the checkpoint itself
+
+    def recognizes(self, folder: Path) -> bool:
+        """Is this folder a checkpoint of mine? Reads configs alone."""
+        ...
+
+    def load(self, folder: Path, device: str, dtype: torch.dtype) -> Model:
+        """A checkpoint in full precision. Raises ValueError naming the file or key that does not fit."""
+        ...
+
+    def open(self, folder: Path, manifest: Manifest, device: str) -> Model:
+        """An artifact whose files have been verified, ready to run: kernels chosen, projections fused."""
+        ...
+
+    def write(self, model: Model, source: Path, target: Path) -> None:
+        """The artifact's files, its manifest left out: the network as it is now, the rest linked from `source`."""
+        ...
+
+    def tiny(self, folder: Path) -> None:
+        """Write a checkpoint with random weights and the real layout, small enough for a test."""
         ...

@@ -46,5 +46,7 @@ def contact_sheet(rows: list[np.ndarray], columns: int = 6, gap: int = 4) -> Ima
     for film in rows:
         picks = np.linspace(0, len(film) - 1, columns).round().astype(int)
         pictures = [np.pad(film[i], ((0, 0), (0, gap), (0, 0)), constant_values=255) for i in picks]
-        strips.append(np.pad(np.concatenate(pictures, axis=1)[:, :-gap], ((0, gap), (0, 0), (0, 0)), constant_values=255))
+        strips.append(
+            np.pad(np.concatenate(pictures, axis=1)[:, :-gap], ((0, gap), (0, 0), (0, 0)), constant_values=255)
+        )
     return Image.fromarray(np.concatenate(strips, axis=0)[:-gap])
