@@ -1,6 +1,6 @@
 """What a family of generators promises to the offline stage and to the worker. Imports no torch: the words are free.
 
-A *family* knows one architecture: what its checkpoints look like on disk, how to load and to write them. A *model* is one
+A *family* knows one architecture: what its checkpoints look like on disk, how to load and write them. A *model* is one
 loaded checkpoint or artifact: which of its layers may shrink, what to calibrate it with, how its output is judged. To a
 worker it is a *generator*, warm, that turns inputs into files.
 """
@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-
     from quant_runtime.artifact import Manifest
     from quant_runtime.attention import AttentionPlan, AttentionState
+    from torch import nn
 
 Kind = Literal["video", "scene"]
 OnStep = Callable[[int, int], None]  # (step done, of how many); raising from it ends the run at this step boundary
