@@ -273,7 +273,7 @@ def _kernel(
         m64, in_m = m.to(tl.int64), m < M
         keys = tl.load(k_head + m64[None, :] * k_n + d[:, None], mask=in_m[None, :] & in_d[:, None], other=0)
         if QS > 0:
-            scores = tl.dot(my_q, keys).to(tl.float32)
+            scores = tl.dot(my_q, keys, out_dtype=tl.int32).to(tl.float32)
         else:
             scores = tl.dot(my_q, keys, input_precision="ieee")
         if KS > 0:

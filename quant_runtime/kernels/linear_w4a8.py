@@ -77,10 +77,10 @@ def _kernel(
         bytes_ = tl.load(w_cols + j[:, None], mask=in_cols[None, :] & (j < HALF)[:, None], other=0)
         low, high = unpack_w4.halves(bytes_)
         a = tl.load(x_rows + j[None, :], mask=in_rows[:, None] & (j < HALF)[None, :], other=0)
-        sums = tl.dot(a, low, sums)
+        sums = tl.dot(a, low, sums, out_dtype=tl.int32)
         j += HALF
         a = tl.load(x_rows + j[None, :], mask=in_rows[:, None] & (j < K)[None, :], other=0)
-        sums = tl.dot(a, high, sums)
+        sums = tl.dot(a, high, sums, out_dtype=tl.int32)
 
     linear_w8a8.store_scaled(sums, x_scale, w_scale, bias, y, rows, cols, M, N, BIAS)
 

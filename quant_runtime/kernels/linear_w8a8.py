@@ -104,7 +104,7 @@ def _kernel(
         k = start + tl.arange(0, BK)
         a = tl.load(x_rows + k[None, :], mask=in_rows[:, None] & (k < K)[None, :], other=0)
         b = tl.load(w_cols + k[:, None], mask=in_cols[None, :] & (k < K)[:, None], other=0)
-        sums = tl.dot(a, b, sums)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
 
     store_scaled(sums, x_scale, w_scale, bias, y, rows, cols, M, N, BIAS)
 
