@@ -13,8 +13,8 @@ from torch import Tensor
 class QuantFormat:
     """Widths of a layer's weights and of its inputs. A value to compare and to write down, not a class per combination.
 
-    Weights: whole numbers within ±weight_top, one scale per output channel. Activations: within ±activation_top, one scale per
-    token, found at run time. 16 bits stand for "as the checkpoint has them", bf16 or fp16.
+    Weights: whole numbers within ±weight_top, one scale per output channel. Activations: within ±activation_top, one
+    scale per token, found at run time. 16 bits stand for "as the checkpoint has them", bf16 or fp16.
     """
 
     weight_bits: int
@@ -45,11 +45,11 @@ class QuantFormat:
 
     @property
     def weight_top(self) -> int:
-        return 2 ** (self.weight_bits - 1) - 1
+        return (1 << (self.weight_bits - 1)) - 1
 
     @property
     def activation_top(self) -> int:
-        return 2 ** (self.activation_bits - 1) - 1
+        return (1 << (self.activation_bits - 1)) - 1
 
 
 W16A16 = QuantFormat(weight_bits=16)
@@ -78,8 +78,8 @@ def check_packing(bits: int) -> None:
 def pack_int4(weight: Tensor) -> Tensor:
     """int8 [N, K] within -8..7 → uint8 [N, h], h = ceil(K/2): byte j holds input j low and input j + h high.
 
-    Halves and not neighbours: what a byte yields then lies in two unbroken runs, for a CPU's vectors and for a GPU's tiles.
-    For odd K the last high half is zero.
+    Halves and not neighbours: what a byte yields then lies in two unbroken runs, for a CPU's vectors and for a GPU's
+    tiles. For odd K the last high half is zero.
     """
     if int(weight.min()) < -8 or int(weight.max()) > 7:
         raise ValueError(f"int4 holds -8 to 7; got {int(weight.min())} to {int(weight.max())}")

@@ -1,10 +1,11 @@
 """What the CPU versions share: exact int8 products on any CPU, and scratch memory that is used again.
 
-oneDNN's int8 matmul is exact where the CPU adds products in 32 bits (AVX512-VNNI, AVX-VNNI, AMX). On older CPUs it adds pairs in
-16 bits, saturates, and returns wrong sums without an error. So it is tried once against int64; where it is wrong, float32
-products over at most 1024 inputs take its place: 1024 · 128² = 2²⁴, up to which float32 counts exactly.
+oneDNN's int8 matmul is exact where the CPU adds products in 32 bits (AVX512-VNNI, AVX-VNNI, AMX). On older CPUs it adds
+pairs in 16 bits, saturates, and returns wrong sums without an error. So it is tried once against int64; where it is
+wrong, float32 products over at most 1024 inputs take its place: 1024 · 128² = 2²⁴, up to which float32 counts exactly.
 
-Scratch: glibc gives large temporaries back to the kernel, and faulting them in again costs more than the matmul they serve.
+Scratch: glibc gives large temporaries back to the kernel, and faulting them in again costs more than the matmul they
+serve.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 Int8Path = Literal["onednn", "float32"]
 
 EXACT_INPUTS = 1024  # that many products of two int8 stay below 2**24
-CHUNK_ELEMENTS = 1 << 19  # of float32: what one pass over rows works on; 2 MiB stays in the last cache level of two cores
+CHUNK_ELEMENTS = 1 << 19  # of float32: what one pass over rows works on; 2 MiB stay in cache between passes
 SCRATCH_ELEMENTS = 1 << 24  # a larger buffer than this is not kept for the next call
 
 log = logging.getLogger(__name__)
@@ -41,10 +42,11 @@ def int_matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 @functools.cache
 def cpu_int8_path() -> Int8Path:
-    """Which exact int8 product this CPU runs: "onednn", or "float32" where oneDNN's sums are wrong. Tried once, then said once."""
+    """Which exact int8 product this CPU runs: "onednn", or "float32" where oneDNN's sums are wrong. Tried once, then
+    said once."""
     path: Int8Path = "onednn" if torch.backends.mkldnn.is_available() and _onednn_is_exact() else "float32"
     if path == "float32":
-        log.warning("oneDNN's int8 matmul is not exact on this CPU: int8 layers run on float32 products, exact and slower")
+        log.warning("oneDNN's int8 matmul is not exact on this CPU: int8 products run in float32, exact and slower")
     return path
 
 
@@ -63,7 +65,8 @@ def cpu_has_bfloat16() -> bool:
 
 
 def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialized CPU tensor of this shape, from memory kept by this thread under (slot, dtype). Never returned to a caller."""
+    """An uninitialized CPU tensor of this shape, from memory kept by this thread under (slot, dtype). Never returned to
+    a caller."""
     count = 1
     for size in shape:
         count *= size
@@ -86,8 +89,8 @@ def row_chunks(rows: int, width: int) -> list[slice]:
 def keep_freed_memory() -> bool:
     """Ask glibc to keep large freed blocks for the next allocation instead of giving them back. True if it agreed.
 
-    For the start of a program that computes on the CPU; it concerns every large tensor, outputs included. Elsewhere than
-    on glibc it does nothing and says False.
+    For the start of a program that computes on the CPU; it concerns every large tensor, outputs included. Elsewhere
+    than on glibc it does nothing and says False.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -3,13 +3,13 @@
 q  [B, H, N, D], k  [B, H, M, D], v  [B, H, M, D]: float32, bfloat16 or float16, or q and k as int8 with their scales
 kept   int32 [B, H, ceil(N / block_q), L]: numbers of key blocks, ascending; the first counts[...] of each list are read
 counts int32 [B, H, ceil(N / block_q)]: a row of blocks with count 0 answers zero
-q_scale  float32 [B, H, N] or [B, H, ceil(N / block_q)], k_scale  float32 [B, H, M] or [B, H, ceil(M / block_k)]: one a token or one
-         a block, as quantize_heads finds them; both None for float q and k
+q_scale  float32 [B, H, N] or [B, H, ceil(N / block_q)], k_scale  float32 [B, H, M] or [B, H, ceil(M / block_k)]: one a
+         token or one a block, as quantize_heads finds them; both None for float q and k
 out  v's dtype, [B, H, N, D], laid out in memory as [B, N, H, D]: heads merge without a copy
 
-scores = softmax_scale * q @ k.T (int8: exact sums, times both scales), softmax over the kept keys in float32, then times v in v's
-dtype with float32 sums. softmax_scale is 1 / sqrt(D) unless given. With all blocks kept it is dense attention.
-The last block may be ragged. block_q and block_k are powers of two, 16 to 128.
+scores = softmax_scale * q @ k.T (int8: exact sums, times both scales), softmax over the kept keys in float32, then
+times v in v's dtype with float32 sums. softmax_scale is 1 / sqrt(D) unless given. With all blocks kept it is dense
+attention. The last block may be ragged. block_q and block_k are powers of two, 16 to 128.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def attention_blocks(
     if kept.dtype != torch.int32 or counts.dtype != torch.int32:
         raise ValueError(f"attention_blocks takes kept and counts as int32; got {kept.dtype} and {counts.dtype}")
     scale = softmax_scale if softmax_scale is not None else q.shape[3] ** -0.5
-    return _op(q, k, v, kept, counts, block_q, block_k, q_scale, k_scale, scale)
+    out: Tensor = _op(q, k, v, kept, counts, block_q, block_k, q_scale, k_scale, scale)
+    return out
 
 
 def _check_operands(
@@ -66,11 +67,9 @@ def _check_operands(
     if quantized != (q_scale is not None) or quantized != (k_scale is not None):
         raise ValueError(f"attention_blocks takes q_scale and k_scale with int8 q and k, and only then; q is {q.dtype}")
     for name, scale, of, block in (("q_scale", q_scale, q, block_q), ("k_scale", k_scale, k, block_k)):
-        sizes = (of.shape[2], -(-of.shape[2] // block))
-        fits = scale is None or (scale.shape[:2] == of.shape[:2] and scale.dim() == 3 and scale.shape[2] in sizes)
-        if scale is not None and not (fits and scale.dtype == torch.float32):
-            expected = f"{[*of.shape[:2], sizes[0]]} or {[*of.shape[:2], sizes[1]]}"
-            raise ValueError(f"{name} is float32 {expected}; got {scale.dtype} {list(scale.shape)}")
+        shapes = [[*of.shape[:2], of.shape[2]], [*of.shape[:2], -(-of.shape[2] // block)]]
+        if scale is not None and (list(scale.shape) not in shapes or scale.dtype != torch.float32):
+            raise ValueError(f"{name} is float32 {shapes[0]} or {shapes[1]}; got {scale.dtype} {list(scale.shape)}")
 
 
 def reference(
@@ -148,8 +147,8 @@ def _one_head(
     row_scale: Tensor,
     key_scale: Tensor | None,
 ) -> Tensor:
-    """float32 [ceil(N / block_q) * block_q, D]. Rows of blocks that see equally many keys go together: their keys and values are
-    gathered, then two batched matmuls with a softmax between."""
+    """float32 [ceil(N / block_q) * block_q, D]. Rows of blocks that see equally many keys go together: their keys and
+    values are gathered, then two batched matmuls with a softmax between."""
     keys_total, size = k.shape
     whole = q.dtype == torch.int8 and cpu_int8_path() == "onednn"
     operand = torch.int8 if whole else torch.float32  # D <= 256: float32 counts int8 products exactly
@@ -210,7 +209,8 @@ def _gather(blocks: Tensor, index: Tensor, slot: str) -> Tensor:
 
 
 def _rows_by_length(kept: Tensor, counts: Tensor, keys: int, block_k: int) -> dict[int, Tensor]:
-    """How many keys a row of blocks sees → the rows that see so many. The last block, if listed, stands last and may be ragged."""
+    """How many keys a row of blocks sees → the rows that see so many. The last block, if listed, stands last and may be
+    ragged."""
     blocks = -(-keys // block_k)
     last_kept = kept.gather(1, (counts[:, None].long() - 1).clamp(min=0))[:, 0]
     lengths = counts * block_k - (last_kept == blocks - 1) * (blocks * block_k - keys)
@@ -268,7 +268,7 @@ def _kernel(
     count = tl.load(counts + head * ROWS + row)
     most, total = tl.full((BQ,), float("-inf"), tl.float32), tl.zeros((BQ,), tl.float32)
     found = tl.zeros((BQ, DP), tl.float32)
-    for index in range(0, count):
+    for index in range(count):
         m = tl.load(list_ + index) * BK + tl.arange(0, BK)
         m64, in_m = m.to(tl.int64), m < M
         keys = tl.load(k_head + m64[None, :] * k_n + d[:, None], mask=in_m[None, :] & in_d[:, None], other=0)

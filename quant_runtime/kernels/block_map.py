@@ -1,14 +1,16 @@
-"""Which key blocks each block of queries keeps: the highest scores of mean query against mean key, as lists for attention_blocks.
+"""Which key blocks each block of queries keeps: the highest scores of mean query against mean key, as lists for
+attention_blocks.
 
-q  [B, H, N, D], k  [B, H, M, D]: float32, bfloat16 or float16       keep  how many key blocks a row keeps, forced ones included
+q  [B, H, N, D], k  [B, H, M, D]: float32, bfloat16 or float16
+keep    how many key blocks a row keeps, forced ones included
 forced  bool [ceil(M / block_k)] or None: key blocks that rank before all others; no more of them than `keep`
 whole   bool [ceil(N / block_q)] or None: rows that keep every key block
 kept    int32 [B, H, ceil(N / block_q), L], ascending       counts  int32 [B, H, ceil(N / block_q)]
 
-L is the number of key blocks where `whole` is given, else keep, and every count is keep. All on the device: no value is read back.
-Means are over the tokens that a ragged last block has; of equal scores the earlier block is kept; a NaN is the lowest score. This is
-the pooled-score choice of SpargeAttn (arXiv:2502.18137) with a fixed count in place of its cumulative threshold, and without its
-guard on blocks of dissimilar tokens.
+L is the number of key blocks where `whole` is given, else keep, and every count is keep. All on the device: no value is
+read back. Means are over the tokens that a ragged last block has; of equal scores the earlier block is kept; a NaN is
+the lowest score. This is the pooled-score choice of SpargeAttn (arXiv:2502.18137) with a fixed count in place of its
+cumulative threshold, and without its guard on blocks of dissimilar tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quant_runtime.kernels._triton import jit, tl, triton
-
 
 
 def block_map(
@@ -51,7 +52,7 @@ def reference(
     q: Tensor, k: Tensor, keep: int, block_q: int, block_k: int, forced: Tensor | None, whole: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     scores = (_pooled(q, block_q) @ _pooled(k, block_k).mT).nan_to_num(nan=-math.inf)
-    rows, blocks = scores.shape[2:]
+    blocks = scores.shape[3]
     if forced is not None:
         scores = scores.masked_fill(forced, math.inf)
     best = scores.sort(dim=3, descending=True, stable=True).indices[..., :keep].sort(dim=3).values
@@ -76,9 +77,7 @@ def _pooled(x: Tensor, block: int) -> Tensor:
 
 
 @jit
-def _pool(
-    x, means, H, N, BLOCKS, stride_b, stride_h, stride_n, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
-):
+def _pool(x, means, H, N, BLOCKS, stride_b, stride_h, stride_n, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, d = block * BN + tl.arange(0, BN), tl.arange(0, DP)
     x_head = x + head // H * stride_b + head % H * stride_h

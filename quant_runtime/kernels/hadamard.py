@@ -1,11 +1,12 @@
-"""y = (x * signs) @ H, block after block along the inputs: a randomized Walsh-Hadamard rotation (QuaRot, arXiv:2404.00456).
+"""y = (x * signs) @ H, block after block along the inputs: a randomized Walsh-Hadamard rotation (QuaRot,
+arXiv:2404.00456).
 
 x  float32, bfloat16 or float16 [M, K]      signs  int8 [K], each 1 or -1      y  float32 [M, K]
 block  a power of two that divides K
 
-H is the orthonormal Sylvester matrix of block columns: H[i, j] = (-1)**popcount(i & j) / sqrt(block). It is symmetric and its own
-inverse, so x @ w.T stays what it was when the rows of w are rotated alike. y is float32 whatever x is: rounding to 16 bits between
-here and the quantizer would be seen at 8 bits.
+H is the orthonormal Sylvester matrix of block columns: H[i, j] = (-1)**popcount(i & j) / sqrt(block). It is symmetric
+and its own inverse, so x @ w.T stays what it was when the rows of w are rotated alike. y is float32 whatever x is:
+rounding to 16 bits between here and the quantizer would be seen at 8 bits.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ MATMUL_BLOCK = 16  # on a CPU: a matmul takes four doublings at once, each furth
 def hadamard(x: Tensor, signs: Tensor, block: int) -> Tensor:
     """The rotated rows. Refuses a block that is no power of two, does not divide K or is above 16,384."""
     check_rotation("hadamard", x, signs, block)
-    return _op(x, signs, block)
+    out: Tensor = _op(x, signs, block)
+    return out
 
 
 def check_rotation(op: str, x: Tensor, signs: Tensor, block: int) -> None:
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"{op} takes float rows [M, K]; got {x.dtype} {list(x.shape)}")
     if block < 1 or block & (block - 1) or x.shape[1] % block or block > LARGEST_BLOCK:
-        raise ValueError(f"{op}: block is a power of two up to {LARGEST_BLOCK} that divides K={x.shape[1]}; got {block}")
+        fitting = f"a power of two up to {LARGEST_BLOCK} that divides K={x.shape[1]}"
+        raise ValueError(f"{op}: block is {fitting}; got {block}")
     if signs.shape != x.shape[1:] or signs.dtype != torch.int8:
         raise ValueError(f"{op}: signs are int8 [{x.shape[1]}]; got {signs.dtype} {list(signs.shape)}")
 
@@ -52,8 +55,8 @@ def matrix(block: int, dtype: torch.dtype = torch.float64, device: torch.device 
 
 
 def reference(x: Tensor, signs: Tensor, block: int) -> Tensor:
-    blocks = (x.double() * signs).unflatten(1, (-1, block))
-    return (blocks @ matrix(block, device=x.device) / math.sqrt(block)).flatten(1).float()
+    blocks = (x.double() * signs).view(-1, block)
+    return (blocks @ matrix(block, device=x.device) / math.sqrt(block)).view(x.shape).float()
 
 
 def on_cpu(x: Tensor, signs: Tensor, block: int) -> Tensor:
@@ -81,7 +84,8 @@ def rotate_chunk(x: Tensor, signs: Tensor, block: int) -> Tensor:
 
 @jit
 def _kernel(x, signs, y, ROWS, K, B: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr):
-    """The first pass: x as rows of B columns, each multiplied by H of B from the right. BP is B or what a dot takes at least."""
+    """The first pass: x as rows of B columns, each multiplied by H of B from the right. BP is B or what a dot takes at
+    least."""
     rows = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     cols = tl.arange(0, BP)
     at = rows[:, None] * B + cols[None, :]

@@ -1,10 +1,11 @@
-"""y = (x @ w.T) * x_scale * w_scale + bias with w packed, two int4 in a byte: half the bytes of linear_w8a8, the same sums.
+"""y = (x @ w.T) * x_scale * w_scale + bias with w packed, two int4 in a byte: the sums of linear_w8a8, half the bytes.
 
-x  int8 [M, K]      packed  uint8 [N, ceil(K/2)] as in unpack_w4      y  [M, N] in out_dtype: float32, bfloat16 or float16
+x  int8 [M, K]      packed  uint8 [N, ceil(K/2)], as in unpack_w4
+y  [M, N] in out_dtype: float32, bfloat16 or float16
 x_scale  float32 [M]      w_scale  float32 [N]      bias  any float [N], or None
 
-Many rows: the weights are unpacked ahead, which their matmul hides. Few rows: reading the weights is the time that it takes, so
-the kernel unpacks what it has read.
+Many rows: the weights are unpacked ahead, which their matmul hides. Few rows: reading the weights is the time that it
+takes, so the kernel unpacks what it has read.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def linear_w4a8(
         raise ValueError(f"linear_w4a8 takes x as int8 [M, K]; got {x.dtype} {list(x.shape)}")
     unpack_w4.check_packed("linear_w4a8", packed, x.shape[1])
     linear_w8a8.check_epilogue("linear_w4a8", x, packed.shape[0], x_scale, w_scale, bias, out_dtype)
-    return _op(x, packed, x_scale, w_scale, bias, out_dtype)
+    out: Tensor = _op(x, packed, x_scale, w_scale, bias, out_dtype)
+    return out
 
 
 def reference(

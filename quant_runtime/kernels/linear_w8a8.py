@@ -31,7 +31,8 @@ def linear_w8a8(
     if x.dtype != torch.int8 or w.dtype != torch.int8:
         raise ValueError(f"linear_w8a8 takes x and w as int8; got {x.dtype} and {w.dtype}")
     check_epilogue("linear_w8a8", x, w.shape[0], x_scale, w_scale, bias, out_dtype)
-    return _op(x, w, x_scale, w_scale, bias, out_dtype)
+    out: Tensor = _op(x, w, x_scale, w_scale, bias, out_dtype)
+    return out
 
 
 def check_epilogue(

@@ -3,9 +3,10 @@
 x  float32, bfloat16 or float16 [B, H, N, D]      center  float32 [B, H, D] or None: subtracted from every token first
 q  int8 [B, H, N, D], within ±127                 scale  float32 [B, H, ceil(N / share)]
 
-Taking the mean over all tokens from the keys changes no answer, since softmax ignores what all scores of a row have in common; it
-takes away the outlier channels that keys have (SageAttention, arXiv:2410.02367). `key_center` is that mean. As in quantize_rows:
-all in float32, rounding half to even, zeros get a tiny scale, a NaN or infinity gets a scale that is not finite.
+Taking the mean over all tokens from the keys changes no answer, since softmax ignores what all scores of a row have in
+common; it takes away the outlier channels that keys have (SageAttention, arXiv:2410.02367). `key_center` is that mean.
+As in quantize_rows: all in float32, rounding half to even, zeros get a tiny scale, a NaN or infinity gets a scale that
+is not finite.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """x ≈ q * scale: activations to int8, one scale a row, found as the row comes in (dynamic, symmetric).
 
-x  float32, bfloat16 or float16 [M, K]       factor  float32 [K] or None: x is multiplied by it first (SmoothQuant's 1/s)
+x  float32, bfloat16 or float16 [M, K]
+factor  float32 [K] or None: x is multiplied by it first (SmoothQuant's 1/s)
 q  int8 [M, K], whole numbers within ±(2**(bits-1) - 1)       scale  float32 [M]
 
-In float32: scale = max|x * factor| / top, and q = x * factor * (1 / scale), rounded half to even. 4 and 6 bits are stored in a
-byte as well: no matrix unit of Hopper takes them narrower. A row of zeros gets a scale that is tiny and not zero. A row that holds
-a NaN or an infinity gets a scale that is not finite, so that it shows in the product.
+In float32: scale = max|x * factor| / top, and q = x * factor * (1 / scale), rounded half to even. 4 and 6 bits are
+stored in a byte as well: no matrix unit of Hopper takes them narrower. A row of zeros gets a scale that is tiny and not
+zero. A row that holds a NaN or an infinity gets a scale that is not finite, so that it shows in the product.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ TINY = 1e-30  # the least row maximum: 1 / (TINY / 127) is still a float32
 
 
 def quantize_rows(x: Tensor, bits: int = 8, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(q, scale) of x. Refuses x that is not [M, K], bits other than 4, 6 and 8, and a factor that is not float32 [K]."""
+    """(q, scale) of x. Refuses x that is not [M, K], bits other than 4, 6 and 8, and a factor that is not float32
+    [K]."""
     check_rows("quantize_rows", x, bits, factor)
     q, scale = _op(x, bits, factor)
     return q, scale

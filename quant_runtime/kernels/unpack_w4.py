@@ -1,6 +1,6 @@
 """Packed int4 weights to int8, ahead of a matmul large enough to hide it.
 
-packed  uint8 [N, h], h = ceil(K/2): byte j holds input j in its low half and input j + h in its high half, two's complement
+packed  uint8 [N, h], h = ceil(K/2): byte j holds input j low and input j + h high, in two's complement
 w  int8 [N, K], -8 to 7
 """
 
@@ -15,7 +15,8 @@ from quant_runtime.kernels._triton import jit, tl, triton
 def unpack_w4(packed: Tensor, inputs: int) -> Tensor:
     """The int8 [N, inputs] that `packed` holds. `inputs` is K: the packing does not tell 2h from 2h - 1."""
     check_packed("unpack_w4", packed, inputs)
-    return _op(packed, inputs)
+    out: Tensor = _op(packed, inputs)
+    return out
 
 
 def check_packed(op: str, packed: Tensor, inputs: int) -> None:

@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for Hopper, on a machine without a GPU: as far as a machine without one can go.
 
-The interpreter runs the kernels' arithmetic; this file, started as a program without it, sends what `launch` would launch
-through Triton's compiler and NVIDIA's assembler.
+The interpreter runs the kernels' arithmetic; this file, started as a program without it, sends what `launch` would
+launch through Triton's compiler and NVIDIA's assembler.
 """
 
 from __future__ import annotations
@@ -45,26 +45,25 @@ def launches() -> Iterator[Callable[[], object]]:
     w, scale = torch.zeros(96, 256, dtype=torch.int8), torch.ones(96)
     packed, factor = torch.zeros(96, 128, dtype=torch.uint8), torch.ones(256)
     signs = torch.ones(256, dtype=torch.int8)
-    for x in (rows, rows.float()):
-        yield lambda x=x: quantize_rows.launch(x, 8, factor)
-        yield lambda x=x: hadamard.launch(x, signs, 256)
-        yield lambda x=x: hadamard_quantize.launch(x, signs, 64, 4, factor)
-    for few in (q, q[:20]):
-        yield lambda x=few: linear_w8a8.launch(x, w, row_scale[: len(x)], scale, scale, torch.bfloat16)
+    yield lambda: quantize_rows.launch(rows, 8, factor)
+    yield lambda: hadamard.launch(rows, signs, 256)
+    yield lambda: hadamard.launch(rows.float(), signs, 128)
+    yield lambda: hadamard_quantize.launch(rows, signs, 64, 4, factor)
+    yield lambda: linear_w8a8.launch(q, w, row_scale, scale, scale, torch.bfloat16)
+    yield lambda: linear_w8a8.launch(q[:20], w, row_scale[:20], scale, None, torch.float16)
     yield lambda: linear_w4a8.launch_few_rows(q[:20], packed, row_scale[:20], scale, None, torch.float32)
     yield lambda: unpack_w4.launch(packed, 256)
 
-    for size in (64, 128):
-        head = torch.zeros(1, 2, 200, size, dtype=torch.bfloat16)
-        yield lambda x=head: quantize_heads.launch(x, quantize_heads.key_center(x), 1)
-        yield lambda x=head: quantize_heads.launch(x, None, 64)
-        yield lambda x=head: block_map.launch(x, x, 2, 64, 64, torch.ones(4).bool(), torch.ones(4).bool())
-        kept, counts = block_map.reference(head, head, 2, 64, 64, None, None)
-        yield lambda x=head: attention_blocks.launch(x, x, x, kept, counts, 64, 64, None, None, 0.1)
-        whole = head.to(torch.int8)
-        for tokens in (200, 4):
-            scales = torch.ones(1, 2, tokens)
-            yield lambda x=head, s=scales: attention_blocks.launch(whole, whole, x, kept, counts, 64, 64, s, s, 0.1)
+    head = torch.zeros(1, 2, 200, 128, dtype=torch.bfloat16)
+    small, whole = head[..., :64], head.to(torch.int8)
+    kept, counts = block_map.reference(head, head, 2, 64, 64, None, None)
+    tokens, blocks = torch.ones(1, 2, 200), torch.ones(1, 2, 4)
+    yield lambda: quantize_heads.launch(head, quantize_heads.key_center(head), 1)
+    yield lambda: quantize_heads.launch(small, None, 64)
+    yield lambda: block_map.launch(head, head, 2, 64, 64, torch.ones(4).bool(), torch.ones(4).bool())
+    yield lambda: attention_blocks.launch(small, small, small, kept, counts, 64, 64, None, None, 0.1)
+    yield lambda: attention_blocks.launch(whole, whole, head, kept, counts, 64, 64, tokens, tokens, 0.1)
+    yield lambda: attention_blocks.launch(whole, whole, head, kept, counts, 64, 64, blocks, blocks, 0.1)
 
 
 class Recorder:
