@@ -85,7 +85,7 @@ class LowbitQuantizer(DiffusersQuantizer):
 
 
 def mark(model: Any, specs: Mapping[str, LinearSpec]) -> None:
-    """Tells a diffusers model that was converted in place what it became: save_pretrained writes it into config.json."""
+    """Tells a diffusers model that was converted in place what it is: save_pretrained writes it into config.json."""
     layers = {name: SpecRecord.of(spec).model_dump() for name, spec in specs.items()}
     quantizer = LowbitQuantizer(LowbitConfig(layers=layers), pre_quantized=True)
     model.hf_quantizer, model.is_quantized = quantizer, True

@@ -19,8 +19,11 @@ from torch import Tensor
 from quant_runtime.kernels._cpu import row_chunks, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
 
-TILE = 128  # the largest matrix a GPU program multiplies by; larger blocks are two passes, H of a*b = H of a ⊗ H of b
-LARGEST_BLOCK = TILE * TILE
+TILE = (
+    128  # the largest matrix that one pass multiplies by, in 16 bits; more passes do more, as H of ab = H of a ⊗ H of b
+)
+FLOAT_TILE = 32  # the same in float32, which has no matrix unit: larger ones are slow to run and slower to compile
+LARGEST_BLOCK = 1 << 14
 MATMUL_BLOCK = 16  # on a CPU: a matmul takes four doublings at once, each further one is a pass of sums and differences
 
 
@@ -107,8 +110,8 @@ def signed_ones(B: tl.constexpr, dtype: tl.constexpr):
 
 
 @jit
-def _across(y, N, S: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr):
-    """The second pass, in place: y as [N, B, S], each [B, S] multiplied by H of B from the left."""
+def _across(y, S: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr):
+    """A further pass, in place: y as [N, B, S], each [B, S] multiplied by H of B from the left."""
     tile, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i, s = tl.arange(0, BP), part * BS + tl.arange(0, BS)
     at = tile * (B * S) + i[:, None] * S + s[None, :]
@@ -118,15 +121,21 @@ def _across(y, N, S: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, BS: tl.con
 
 
 def launch(x: Tensor, signs: Tensor, block: int) -> Tensor:
-    (m, k), inner = x.shape, min(block, TILE)
+    (m, k), done = x.shape, min(block, tile(x.dtype))
     y = torch.empty(m, k, dtype=torch.float32, device=x.device)
-    rows = m * (k // inner)
-    _kernel[(triton.cdiv(rows, 64),)](x.contiguous(), signs, y, rows, k, B=inner, BP=max(inner, 16), BR=64)
-    outer = block // inner
-    if outer > 1:
-        count = m * (k // block)
-        _across[(count, inner // 64)](y, count, S=inner, B=outer, BP=max(outer, 16), BS=64)
+    rows = m * (k // done)
+    _kernel[(triton.cdiv(rows, 64),)](x.contiguous(), signs, y, rows, k, B=done, BP=max(done, 16), BR=64)
+    while done < block:
+        more = min(block // done, FLOAT_TILE)
+        count, part = m * (k // (done * more)), min(done, 64)
+        _across[(count, done // part)](y, S=done, B=more, BP=max(more, 16), BS=part)
+        done *= more
     return y
+
+
+def tile(dtype: torch.dtype) -> int:
+    """The largest block that one pass over inputs of this dtype turns."""
+    return FLOAT_TILE if dtype == torch.float32 else TILE
 
 
 def _fake(x: Tensor, signs: Tensor, block: int) -> Tensor:

@@ -89,7 +89,7 @@ def _turned(x, signs, factor, at, cols, start, inside, FACTOR: tl.constexpr, B: 
 
 
 def launch(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    if block > hadamard.TILE:  # a block across tiles needs all of them at once: two kernels
+    if block > hadamard.tile(x.dtype):  # a block across tiles needs all of them at once: two kernels
         return quantize_rows.launch(hadamard.launch(x, signs, block), bits, factor)
     m, k = x.shape
     q = torch.empty(m, k, dtype=torch.int8, device=x.device)
