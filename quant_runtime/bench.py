@@ -169,7 +169,7 @@ def _seconds(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
     call(x)
     after.record()
     torch.cuda.synchronize()
-    return before.elapsed_time(after) / 1e3
+    return float(before.elapsed_time(after)) / 1e3
 
 
 def _relative(got: Tensor, want: Tensor) -> float:
@@ -214,20 +214,17 @@ def main() -> None:
     device = torch.device(chosen.device)
     torch.manual_seed(0)
     keep_freed_memory()  # for the baselines as for ours
-    same = facts(device)
     command = f"python -m quant_runtime.bench {' '.join(sys.argv[1:])}"
+    same = {"command": command, "commit": _commit(), **facts(device)}
 
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / f"{chosen.name}-{device.type}.jsonl"
     with torch.inference_mode(), path.open("w") as file:
         for case in BENCHES[chosen.name](device):
             for row in measure(case, chosen.rounds):
-                whole = {"bench": chosen.name, **row, "command": command, "commit": _commit(), **same}
-                file.write(json.dumps(whole) + "\n")
-                ratio = row["baseline"]["value"] / row["value"]
-                print(
-                    f"{row['case']:48} {row['value']:9.3f} ms  {ratio:5.2f}x of {row['baseline']['name']}  {row['error']}"
-                )
+                file.write(json.dumps({"bench": chosen.name, **row, **same}) + "\n")
+                against = f"{row['baseline']['value'] / row['value']:5.2f}x {row['baseline']['name']}"
+                print(f"{row['case']:48} {row['value']:9.3f} ms  {against}  {row['error']}")
     print(path)
 
 

@@ -13,7 +13,7 @@ SAME_FRAME_DB = 100.0  # what a frame without any difference counts in a mean; o
 
 def sqnr(want: Tensor, got: Tensor) -> float:
     """Signal to quantization noise in dB: 10 log10(|want|² / |want - got|²), in float64. inf for equal tensors."""
-    want, got = want.double(), got.double()
+    want, got = want.detach().double(), got.detach().double()
     noise = float((want - got).square().sum())
     return math.inf if noise == 0 else 10 * math.log10(float(want.square().sum()) / noise)
 
