@@ -11,7 +11,7 @@ from quant_runtime.linear import LinearSpec, QuantLinear
 from quant_runtime.methods import Keep, QuaRot, Rtn
 from tests.support import relative_error
 
-W8A8_ERROR = 0.05  # of two layers and a GELU on random inputs; measured: 0.012
+W8A8_ERROR = 0.01  # of three layers on random inputs, beside the residual; measured: 0.003
 
 
 class Block(nn.Module):
@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 @pytest.fixture
 def model(device):
-    return nn.ModuleDict({"blocks": nn.Sequential(Block(), Block())}).to(device).eval()
+    return nn.ModuleDict({"blocks": nn.Sequential(Block(), Block())}).to(device).requires_grad_(False)
 
 
 @pytest.fixture

@@ -27,7 +27,9 @@ def test_blocks_are_the_largest_that_divide_the_inputs(inputs, block, device):
 def test_the_rotation_is_gone_from_the_effective_weight(device):
     layer, stats = observed(96, 70, device)
     quantized = QuaRot().quantize(layer, stats, formats.W8A8)
-    assert relative_error(quantized.effective_weight(), layer.weight.detach()) < 0.01  # 8 bits round at 0.4 % of the largest
+    assert (
+        relative_error(quantized.effective_weight(), layer.weight.detach()) < 0.01
+    )  # 8 bits round at 0.4 % of the largest
 
 
 def test_the_seed_alone_draws_the_signs(device):
