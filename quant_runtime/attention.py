@@ -1,5 +1,4 @@
-"""The one call that a family's attention processors make: dense or sparse by plan, layer and step; the density is
-kept."""
+"""The one call that a family's attention processors make: dense or sparse, by the plan, the layer and the step."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ DENSE_BLOCK = 64  # the block of dense attention in int8
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How a model's self-attention runs. 16 bits: q and k as the model has them. 8: rounded per token, keys centred
-    first."""
+    """How a model's self-attention runs. q and k have 16 bits, as they come, or 8: keys centred, then rounded."""
 
     policy: Policy = field(default_factory=Dense)
     warmup: float = 0.0  # the fraction of steps, from the first, that run dense
@@ -93,8 +91,7 @@ def _mean(densities: list[Tensor]) -> float:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, state: AttentionState) -> Tensor:
-    """Self-attention of q, k and v, [B, H, N, D] float32, bfloat16 or float16, as the plan has it for this layer and
-    step.
+    """Self-attention of q, k and v, float [B, H, N, D], as the plan has it for this layer and this step.
 
     The answer is [B, H, N, D] in v's dtype; in memory [B, N, H, D] where the call was sparse. Refuses N other than the
     layout's. For int8 q and k, float32 values go as bfloat16 where this device multiplies that faster.

@@ -22,8 +22,7 @@ class LayerStats:
 
 
 class _Running:
-    """Statistics of one layer's inputs. The sample keeps the rows that drew the highest numbers: an even draw in one
-    pass."""
+    """Statistics of one layer's inputs. Every row draws a number and the highest are kept: an even draw in one pass."""
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.generator = rows, torch.Generator().manual_seed(seed)
@@ -52,7 +51,7 @@ def observe(
     run: Callable[[], object],
     *,
     shared: Iterable[Sequence[str]] = (),
-    rows: int = 256,
+    rows: int = 128,
     seed: int = 0,
 ) -> dict[str, LayerStats]:
     """Runs `run()`, which calls the model as often as it likes, and tells what the named nn.Linear layers were fed.
@@ -100,7 +99,8 @@ def _finished(name: str, layer: nn.Linear, seen: _Running) -> LayerStats:
     if not bool(seen.absmax.isfinite().all()):
         raise ValueError(f"calibration fed {name} a value that is not finite: check the checkpoint and its dtype")
     weight_absmax = layer.weight.detach().abs().amax(dim=0).float()
-    return LayerStats(seen.absmax.cpu(), weight_absmax.cpu(), seen.tokens, seen.sample.cpu())
+    # Clones, since what was made in inference mode cannot be learned from.
+    return LayerStats(seen.absmax.cpu().clone(), weight_absmax.cpu(), seen.tokens, seen.sample.cpu().clone())
 
 
 def fingerprint(stats: dict[str, LayerStats]) -> str:

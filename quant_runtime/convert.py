@@ -34,11 +34,10 @@ class LayerReport:
 def convert(
     model: nn.Module, plan: Plan, stats: Mapping[str, LayerStats], on_layer: OnLayer | None = None
 ) -> dict[str, LayerReport]:
-    """Replaces every planned nn.Linear of `model` in place, in the plan's order. Layers planned as W16A16 stay and are
-    not reported.
+    """Replaces every planned nn.Linear of `model` in place, in the plan's order. Layers planned as W16A16 stay.
 
-    Refuses, before anything is changed, a plan that names a layer which the model does not have, which is no nn.Linear,
-    or which calibration did not observe.
+    The reports are of the layers that were replaced. Refuses, before anything is changed, a layer that the model does
+    not have, that is no nn.Linear or that calibration did not observe, and a format that no kernel runs.
     """
     layers = {name: model.get_submodule(name) for name in plan}
     for name, layer in layers.items():
@@ -46,6 +45,8 @@ def convert(
             raise TypeError(f"{name} is a {type(layer).__name__}: only nn.Linear layers can be quantized")
         if name not in stats:
             raise ValueError(f"{name} is planned and was not observed: calibrate the layers of the plan")
+        if plan[name][1].quantized:
+            LinearSpec(plan[name][1])
     reports = {}
     for done, (name, (method, format_)) in enumerate(plan.items(), start=1):
         layer = layers.pop(name)
@@ -54,7 +55,7 @@ def convert(
             quantized = method.quantize(layer, stats[name], format_)
             assert isinstance(quantized, QuantLinear)
             reports[name] = _report(layer, quantized, stats[name])
-            model.set_submodule(name, quantized)
+            model.set_submodule(name, quantized.train(layer.training))
         if on_layer is not None:
             on_layer(name, done, len(plan))
     return reports
@@ -75,12 +76,11 @@ def _report(layer: nn.Linear, quantized: QuantLinear, stats: LayerStats) -> Laye
 
 
 def prepare(model: nn.Module, specs: Mapping[str, LinearSpec]) -> None:
-    """Replaces the named nn.Linear layers by empty QuantLinears, in place, on the same device: ready to be loaded
-    into."""
+    """Replaces the named nn.Linear layers by empty QuantLinears to load into, in place and on the same device."""
     for name, spec in specs.items():
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"{name} is a {type(layer).__name__}: only an nn.Linear can be replaced")
         weight, bias = layer.weight, layer.bias is not None
         empty = QuantLinear(layer.in_features, layer.out_features, spec, bias, weight.device, weight.dtype)
-        model.set_submodule(name, empty)
+        model.set_submodule(name, empty.train(layer.training))

@@ -4,8 +4,7 @@ oneDNN's int8 matmul is exact where the CPU adds products in 32 bits (AVX512-VNN
 pairs in 16 bits, saturates, and returns wrong sums without an error. So it is tried once against int64; where it is
 wrong, float32 products over at most 1024 inputs take its place: 1024 · 128² = 2²⁴, up to which float32 counts exactly.
 
-Scratch: glibc gives large temporaries back to the kernel, and faulting them in again costs more than the matmul they
-serve.
+glibc gives large temporaries back to the kernel, and to fault them in again costs more than the matmul that they serve.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Int8Path = Literal["onednn", "float32"]
 
 EXACT_INPUTS = 1024  # that many products of two int8 stay below 2**24
 CHUNK_ELEMENTS = 1 << 19  # of float32: what one pass over rows works on; 2 MiB stay in cache between passes
-SCRATCH_ELEMENTS = 1 << 24  # a larger buffer than this is not kept for the next call
+SCRATCH_ELEMENTS = 1 << 22  # a larger buffer is not kept: some twenty slots of 16 MiB are the most that a thread holds
 
 log = logging.getLogger(__name__)
 _local = threading.local()
@@ -42,8 +41,7 @@ def int_matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 @functools.cache
 def cpu_int8_path() -> Int8Path:
-    """Which exact int8 product this CPU runs: "onednn", or "float32" where oneDNN's sums are wrong. Tried once, then
-    said once."""
+    """Which exact int8 product this CPU runs: "float32" where oneDNN's sums are wrong. Tried once, and said once."""
     path: Int8Path = "onednn" if torch.backends.mkldnn.is_available() and _onednn_is_exact() else "float32"
     if path == "float32":
         log.warning("oneDNN's int8 matmul is not exact on this CPU: int8 products run in float32, exact and slower")
@@ -65,8 +63,10 @@ def cpu_has_bfloat16() -> bool:
 
 
 def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialized CPU tensor of this shape, from memory kept by this thread under (slot, dtype). Never returned to
-    a caller."""
+    """An uninitialized CPU tensor of this shape, in memory that this thread keeps under (slot, dtype) for later calls.
+
+    Its values hold until then. So it never leaves the op that asked for it.
+    """
     count = 1
     for size in shape:
         count *= size

@@ -147,51 +147,49 @@ def _one_head(
     row_scale: Tensor,
     key_scale: Tensor | None,
 ) -> Tensor:
-    """float32 [ceil(N / block_q) * block_q, D]. Rows of blocks that see equally many keys go together: their keys and
-    values are gathered, then two batched matmuls with a softmax between."""
+    """float32 [ceil(N / block_q) * block_q, D], in scratch. Rows of blocks that see equally many keys go together."""
     keys_total, size = k.shape
     whole = q.dtype == torch.int8 and cpu_int8_path() == "onednn"
     operand = torch.int8 if whole else torch.float32  # D <= 256: float32 counts int8 products exactly
     value = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32  # float16 has no matmul of its own on a CPU
     queries, row_scales = _blocks(q, block_q, operand, "q"), _blocks(row_scale, block_q, torch.float32, "q_scale")
-    keys, values = _blocks(k, block_k, operand, "k"), _blocks(v, block_k, value, "v")
-    key_scales = None if key_scale is None else _blocks(key_scale, block_k, torch.float32, "k_scale")
+    seen = [_blocks(k, block_k, operand, "k"), _blocks(v, block_k, value, "v")]
+    if key_scale is not None:
+        seen.append(_blocks(key_scale, block_k, torch.float32, "k_scale"))
     answer = scratch("answer", (queries.shape[0], block_q, size), torch.float32).zero_()
 
     for length, rows in _rows_by_length(kept, counts, keys_total, block_k).items():
-        many = max(1, CHUNK_ELEMENTS // (block_q * length))
-        for chunk in rows.split(many):
-            if length == keys_total:  # these rows see all keys: one matmul serves them all
-                lists = None
-                seen_keys, seen_values = keys.view(1, -1, size)[:, :length], values.view(1, -1, size)[:, :length]
-                mine = _gather(queries, chunk, "my_q").view(1, -1, size)
-                my_scale = _gather(row_scales, chunk, "my_scale").view(1, -1, 1)
+        for chunk in rows.split(max(1, CHUNK_ELEMENTS // (block_q * length))):
+            if length == keys_total:  # all keys, in place: one matmul serves all these rows
+                groups, shown = 1, [x.view(1, -1, x.shape[2]) for x in seen]
             else:
-                lists = kept[chunk, : -(-length // block_k)].flatten()
-                seen_keys = _gather(keys, lists, "my_k").view(len(chunk), -1, size)[:, :length]
-                seen_values = _gather(values, lists, "my_v").view(len(chunk), -1, size)[:, :length]
-                mine = _gather(queries, chunk, "my_q")
-                my_scale = _gather(row_scales, chunk, "my_scale")
+                groups, lists = len(chunk), kept[chunk, : -(-length // block_k)].flatten()
+                shown = [_gather(x, lists, groups, f"seen {number}") for number, x in enumerate(seen)]
+            my_keys, my_values, *my_key_scales = (x[:, :length] for x in shown)
 
-            scores = scratch("scores", (*mine.shape[:2], length), torch.float32)
-            if whole:
-                sums = scratch("scores", tuple(scores.shape), torch.int32)
-                for one, seen, into in zip(mine.unbind(), seen_keys.unbind(), sums.unbind(), strict=True):
-                    int_matmul(one, seen, into)
-                scores.copy_(sums)
-            else:
-                torch.bmm(mine, seen_keys.mT, out=scores)
-            if key_scales is not None:
-                my_keys = key_scales.view(1, -1) if lists is None else key_scales[lists].view(len(chunk), -1)
-                scores.mul_(my_keys[:, None, :length])
-            scores.mul_(my_scale)
+            scores = _products(_gather(queries, chunk, groups, "queries"), my_keys)
+            for scale in my_key_scales:
+                scores.mul_(scale.mT)
+            scores.mul_(_gather(row_scales, chunk, groups, "row scales"))
             scores.sub_(scores.amax(dim=2, keepdim=True)).exp2_()
             total = scores.sum(dim=2, keepdim=True)
             if value != torch.float32:
                 scores = scratch("scores", tuple(scores.shape), value).copy_(scores)
-            found = torch.bmm(scores, seen_values, out=scratch("found", (*scores.shape[:2], size), value))
+            found = torch.bmm(scores, my_values, out=scratch("found", (*scores.shape[:2], size), value))
             answer.index_copy_(0, chunk, (found / total).view(len(chunk), block_q, size))
     return answer.flatten(0, 1)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """q @ k.mT of [G, n, D] and [G, m, D], both int8 or both float32: float32 [G, n, m], in scratch."""
+    shape = (q.shape[0], q.shape[1], k.shape[1])
+    products = scratch("scores", shape, torch.float32)
+    if q.dtype == torch.float32:
+        return torch.bmm(q, k.mT, out=products)
+    sums = scratch("scores", shape, torch.int32)
+    for one, other, into in zip(q.unbind(), k.unbind(), sums.unbind(), strict=True):
+        int_matmul(one, other, into)
+    return products.copy_(sums)
 
 
 def _blocks(x: Tensor, block: int, dtype: torch.dtype, slot: str) -> Tensor:
@@ -203,14 +201,14 @@ def _blocks(x: Tensor, block: int, dtype: torch.dtype, slot: str) -> Tensor:
     return blocks
 
 
-def _gather(blocks: Tensor, index: Tensor, slot: str) -> Tensor:
+def _gather(blocks: Tensor, index: Tensor, groups: int, slot: str) -> Tensor:
+    """The blocks of `index`, [groups, tokens of a group, C], in scratch."""
     chosen = scratch(slot, (len(index), *blocks.shape[1:]), blocks.dtype)
-    return torch.index_select(blocks, 0, index, out=chosen)
+    return torch.index_select(blocks, 0, index, out=chosen).view(groups, -1, blocks.shape[2])
 
 
 def _rows_by_length(kept: Tensor, counts: Tensor, keys: int, block_k: int) -> dict[int, Tensor]:
-    """How many keys a row of blocks sees → the rows that see so many. The last block, if listed, stands last and may be
-    ragged."""
+    """How many keys a row of blocks sees → the rows that see so many. A ragged last block, if listed, stands last."""
     blocks = -(-keys // block_k)
     last_kept = kept.gather(1, (counts[:, None].long() - 1).clamp(min=0))[:, 0]
     lengths = counts * block_k - (last_kept == blocks - 1) * (blocks * block_k - keys)

@@ -38,6 +38,8 @@ class QuaRot:
 
     def quantize(self, layer: nn.Linear, stats: LayerStats, fmt: QuantFormat) -> QuantLinear:
         block = min(self.block or layer.in_features, largest_block(layer.in_features))
+        if block == 1:  # an odd number of inputs: there is nothing to turn
+            return self.rounding.quantize(layer, stats, fmt)
         signs = random_signs(layer.in_features, self.seed).to(layer.weight.device)
         turned = hadamard(layer.weight.detach().float(), signs, block)
         whole, scale = self.rounding.round_weight(turned, fmt)

@@ -49,8 +49,7 @@ class TokenLayout:
 
 @functools.lru_cache(maxsize=LAYOUTS)
 def placeless(layout: TokenLayout) -> Tensor:
-    """bool [tokens] on the CPU: the text and special tokens, which see all and are seen by all. Not to be written
-    to."""
+    """bool [tokens] on the CPU: text and special tokens, which see all and are seen by all. Not to be written to."""
     mask = torch.ones(layout.tokens, dtype=torch.bool)
     frames = mask[layout.first : layout.first + layout.frames * layout.frame_tokens]
     frames.view(layout.frames, layout.frame_tokens)[:, layout.special :] = False

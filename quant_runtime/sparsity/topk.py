@@ -1,5 +1,4 @@
-"""Each block of queries keeps the key blocks that score highest: mean query against mean key, per head, in every call
-anew.
+"""Each block of queries keeps the key blocks that score highest: mean query against mean key, per head and call.
 
 The pooled scores are SpargeAttn's (arXiv:2502.18137); what is ours: a fixed number of blocks per row in place of its
 cumulative threshold, so that the density asked for is the density that runs.

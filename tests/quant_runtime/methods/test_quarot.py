@@ -17,11 +17,18 @@ def test_turning_the_outliers_brings_the_answer_closer(device):
     assert sqnr(layer(x), turned(x)) > sqnr(layer(x), plain(x)) + 5
 
 
-@pytest.mark.parametrize(("inputs", "block"), [(96, 32), (128, 128), (33, 1)])
+@pytest.mark.parametrize(("inputs", "block"), [(96, 32), (128, 128)])
 def test_blocks_are_the_largest_that_divide_the_inputs(inputs, block, device):
     layer, stats = observed(inputs, 8, device)
     assert QuaRot().quantize(layer, stats, formats.W4A8).spec.rotation == block
-    assert QuaRot(block=16).quantize(layer, stats, formats.W4A8).spec.rotation == min(16, block)
+    assert QuaRot(block=16).quantize(layer, stats, formats.W4A8).spec.rotation == 16
+
+
+def test_an_odd_number_of_inputs_is_rounded_as_it_is(device):
+    layer, stats = observed(33, 8, device)
+    turned, plain = (method.quantize(layer, stats, formats.W4A8) for method in (QuaRot(), Rtn()))
+    assert turned.spec == plain.spec
+    assert torch.equal(turned.qweight, plain.qweight)
 
 
 def test_the_rotation_is_gone_from_the_effective_weight(device):
