@@ -232,7 +232,6 @@ def _kernel(
     N,
     M,
     ROWS,
-    LISTED,
     softmax_scale,
     q_b,
     q_h,
@@ -243,6 +242,9 @@ def _kernel(
     v_b,
     v_h,
     v_n,
+    list_b,
+    list_h,
+    list_r,
     QS: tl.constexpr,
     KS: tl.constexpr,
     BQ: tl.constexpr,
@@ -262,7 +264,7 @@ def _kernel(
         row_scale *= tl.load(q_scale + head * tl.cdiv(N, QS) + n // QS, mask=n < N, other=0.0)
 
     k_head, v_head = k + b * k_b + h * k_h, v + b * v_b + h * v_h
-    list_ = kept + (head * ROWS + row) * LISTED
+    list_ = kept + b * list_b + h * list_h + row.to(tl.int64) * list_r
     count = tl.load(counts + head * ROWS + row)
     most, total = tl.full((BQ,), float("-inf"), tl.float32), tl.zeros((BQ,), tl.float32)
     found = tl.zeros((BQ, DP), tl.float32)
@@ -305,13 +307,13 @@ def launch(
     softmax_scale: float,
 ) -> Tensor:
     (batch, heads, tokens, size), keys, out = q.shape, k.shape[2], _answer(q, v)
-    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v, kept = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v, kept))
     rows = triton.cdiv(tokens, block_q)
     _kernel[(rows, batch * heads)](
         q,
         k,
         v,
-        kept.contiguous(),
+        kept,
         counts.contiguous(),
         None if q_scale is None else q_scale.contiguous(),
         None if k_scale is None else k_scale.contiguous(),
@@ -320,11 +322,11 @@ def launch(
         tokens,
         keys,
         rows,
-        kept.shape[3],
         softmax_scale * LOG2E,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
+        *kept.stride()[:3],
         QS=_sharing(q_scale, tokens, block_q),
         KS=_sharing(k_scale, keys, block_k),
         BQ=block_q,

@@ -60,12 +60,15 @@ def test_triton_agrees_with_the_reference(shape, scales, dtype, device):
     assert relative_error(op.launch(*args), op.reference(*args)) < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize(
+    "version", [op._op, pytest.param(op.launch, marks=pytest.mark.skipif(op.triton is None, reason="no Triton"))]
+)
 @pytest.mark.parametrize("size", [64, 128])
-def test_all_blocks_kept_is_dense_attention(size, device):
+def test_all_blocks_kept_is_dense_attention(version, size, device):
     q, k, v = qkv(2, 2, 100, 130, size, device)
-    kept = torch.arange(9, dtype=torch.int32, device=device).expand(2, 2, 7, 9)
+    kept = torch.arange(9, dtype=torch.int32, device=device).expand(2, 2, 7, 9)  # one list for all rows
     counts = torch.full((2, 2, 7), 9, dtype=torch.int32, device=device)
-    got = op.attention_blocks(q, k, v, kept, counts, block_q=16, block_k=16)
+    got = version(q, k, v, kept, counts, 16, 16, None, None, size**-0.5)
     assert relative_error(got, scaled_dot_product_attention(q, k, v)) < FP32_ROUNDING
 
 
