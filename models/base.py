@@ -124,8 +124,8 @@ class Model(Generator, Protocol):
         """Run the network on this many of the family's named calibration samples."""
         ...
 
-    def judge(self, other: Model, samples: int, on_sample: OnStep) -> dict[str, float]:
-        """How close this model's outputs are to `other`'s, the same in full precision, on named held-out samples."""
+    def outputs(self, samples: int, on_sample: OnStep) -> list[torch.Tensor]:
+        """What it makes of this many of the family's named held-out samples, in the form that Family.score compares."""
         ...
 
     def limits(self) -> VideoLimits | SceneLimits:
@@ -154,6 +154,10 @@ class Family(Protocol):
 
     def write(self, model: Model, source: Path, target: Path) -> None:
         """The artifact's files, its manifest left out: the network as it is now, the rest linked from `source`."""
+        ...
+
+    def score(self, outputs: Sequence[torch.Tensor], full: Sequence[torch.Tensor]) -> dict[str, float]:
+        """How close outputs are to those of the same samples in full precision, and to the truth where there is one."""
         ...
 
     def tiny(self, folder: Path) -> None:
