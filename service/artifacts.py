@@ -1,0 +1,84 @@
+"""Which artifacts lie in a folder, read from their manifests without torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from service.jobs import ArtifactInfo
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    folder: Path
+    info: ArtifactInfo
+
+
+class _Serving(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["video", "scene"]
+    limits: dict[str, Any]
+
+
+class _Manifest(BaseModel):
+    """The part of a manifest that serving needs; the worker's loader checks the rest, unknown fields and hashes too."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str | None = None
+    family: str
+    method: str | None = None
+    bits: str | None = None
+    density: float | None = None
+    quality: dict[str, Any] = {}
+    serving: _Serving
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _name_of_the_method(cls, value: Any) -> Any:
+        return value.get("name") if isinstance(value, dict) else value  # {"name": ..., its fields} or the name alone
+
+
+def read(folder: Path) -> Found:
+    """Raises ValueError that names the file and what in it is wrong."""
+    path = folder / MANIFEST
+    try:
+        manifest = _Manifest.model_validate_json(path.read_bytes())
+        fields = manifest.model_dump(exclude={"name", "serving"})
+        name = manifest.name or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        info = ArtifactInfo.model_validate({"name": name, "bytes": size, **manifest.serving.model_dump(), **fields})
+    except (OSError, ValidationError) as error:
+        raise ValueError(f"{path} describes no artifact that can be served: {error}") from error
+    return Found(folder, info)
+
+
+def find(places: Iterable[Path]) -> tuple[Found, ...]:
+    """The artifacts in `places`, in their order; a place is an artifact or a folder of artifacts, there sorted by name.
+
+    A place that does not exist holds none. Two artifacts of one name are refused: a request could not tell them apart.
+    """
+    found: dict[str, Found] = {}
+    for folder in _folders(places):
+        one = read(folder)
+        if one.info.name in found:
+            raise ValueError(f"{folder} and {found[one.info.name].folder} are both named {one.info.name!r}; rename one")
+        found[one.info.name] = one
+    return tuple(found.values())
+
+
+def _folders(places: Iterable[Path]) -> Iterator[Path]:
+    for place in places:
+        if (place / MANIFEST).is_file():
+            yield place
+        elif place.is_dir():
+            folders = sorted(path.parent for path in place.glob(f"*/{MANIFEST}"))
+            yield from (folder for folder in folders if not folder.name.startswith("."))  # one that is being written
