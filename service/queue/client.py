@@ -17,6 +17,7 @@ Keys, all under the prefix with its hash tag (`{lowbit}` by default), so that th
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -165,7 +166,9 @@ class Queue:
             protocol=2,  # replies differ in shape between 2 and 3
             decode_responses=True,
             socket_connect_timeout=CONNECT_SECONDS,
-            socket_timeout=ANSWER_SECONDS,
+            # Calls are timed in _answer. redis-py's own timing uses asyncio.wait_for, which in Python 3.11 can swallow the
+            # cancellation of a task: a loop that is told to stop would go on for ever.
+            socket_timeout=None,
             health_check_interval=15,
             # One more try, at once: a pooled connection may be older than the server. Longer patience is the caller's.
             retry=Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,)),
@@ -246,13 +249,13 @@ class Queue:
     async def rings(self) -> AsyncIterator[str]:
         """Ids of jobs that have a new event, as it happens; '' once listening has begun, for what was missed before."""
         channel = self.key("events", "")
-        async with self.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+        async with self.redis.pubsub() as pubsub:
             await self._answer(pubsub.psubscribe(channel + "*"))
-            yield ""
             while True:
                 message = await self._answer(pubsub.get_message(timeout=ANSWER_SECONDS / 2))
                 if message is not None:
-                    yield str(message["channel"]).removeprefix(channel)
+                    begun = message["type"] == "psubscribe"
+                    yield "" if begun else str(message["channel"]).removeprefix(channel)
 
     async def stats(self) -> Stats:
         waiting, delayed, running, dead, workers, *flat = await self._call("stats")
@@ -368,7 +371,8 @@ class Queue:
     @staticmethod
     async def _answer(call: Any) -> Any:
         try:
-            return await call
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await call
         except _AWAY as error:
             raise UnavailableError(f"{type(error).__name__}: {error}") from error
         except exceptions.ResponseError as error:

@@ -1,4 +1,4 @@
-"""A Valkey server of our own, for a laptop and the tests: a Unix socket in a private folder, its log on disk, no TCP port.
+"""A Valkey server of our own, for a laptop and the tests: a Unix socket in a private folder, its log on disk, no port.
 
 Every process that works on one data folder shares one server. They all hold `users` (a shared lock). Whoever gets
 `keeper` (an exclusive one) keeps the server running and starts it again when it died; when that process goes, another
@@ -101,11 +101,11 @@ class EmbeddedServer:
     def _until_it_answers(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not _ask(self.socket, "PING").startswith(b"+PONG"):
-            self._keep()
-            if self._child is not None and self._child.poll():
+            if self._child is not None and self._child.poll() is not None:
                 raise NoServerError(
                     f"the queue server ended with {self._child.returncode}: {self._last_words()} (from {self.log})"
                 )
+            self._keep()
             if time.monotonic() > deadline:
                 raise NoServerError(
                     f"no answer from the queue server in {START_SECONDS:g} s: {self._last_words()} (from {self.log})"
@@ -160,7 +160,8 @@ class EmbeddedServer:
         try:
             fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pass  # others work on; one of them becomes its keeper
+            if self._child is not None:
+                self._child.returncode = 0  # left to the others, one of whom becomes its keeper: not ours to wait for
         else:
             self._terminate()
         for lock in (self._keeper, self._users):
@@ -177,6 +178,8 @@ class EmbeddedServer:
             life = self._lock("server")
             if life is not None:
                 life.close()
+                if self._child is not None:
+                    self._child.wait()
                 return
             time.sleep(0.02)
         _log.warning("queue_server_still_running", folder=str(self.folder))

@@ -1,7 +1,7 @@
 """Events of jobs as they come, for any number of callers over one subscription.
 
-The event stream is the truth, the channel only a bell: a ring that is lost, or a server that is away, costs a caller at most
-POLL_SECONDS, and never an event.
+The event stream is the truth, the channel only a bell: a ring that is lost, or a server that is away, costs a caller at
+most POLL_SECONDS, and never an event.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Followers:
                 if not events and (job is None or job.status.ended):
                     return
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(bell.wait(), POLL_SECONDS)
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await bell.wait()
         finally:
             self._bells[job_id].discard(bell)
             if not self._bells[job_id]:

@@ -1,0 +1,34 @@
+"""A real Valkey for the whole session, and for each test a queue of its own on it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from service.queue.client import Queue
+from service.queue.embedded import EmbeddedServer
+from service.settings import Settings
+from tests.service.support import new_id
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(tmp_path_factory.mktemp("data")) as server:
+        yield server
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(
+        queue_prefix=new_id(), data=tmp_path / "data", artifacts=(tmp_path / "artifacts",), device="cpu",
+        metrics_port=0, lease_seconds=2, beat_seconds=0.5, stall_seconds=20, drain_seconds=5,
+        backoff_seconds=0.05, backoff_max_seconds=0.1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+async def queue(server: EmbeddedServer, settings: Settings) -> AsyncIterator[Queue]:
+    async with Queue.open(server.url, settings) as queue:
+        yield queue
