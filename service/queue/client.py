@@ -166,7 +166,7 @@ class Queue:
             protocol=2,  # replies differ in shape between 2 and 3
             decode_responses=True,
             socket_connect_timeout=CONNECT_SECONDS,
-            # Calls are timed in _answer. redis-py's own timing uses asyncio.wait_for, which in Python 3.11 can swallow the
+            # Calls are timed in _answer: redis-py times them by asyncio.wait_for, which in Python 3.11 can swallow the
             # cancellation of a task: a loop that is told to stop would go on for ever.
             socket_timeout=None,
             health_check_interval=15,

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from PIL import Image
 
 from service.jobs import ArtifactInfo, SceneLimits, SceneTask, Upload, VideoLimits, VideoTask
 
@@ -55,6 +63,29 @@ def write_artifact(folder: Path, info: ArtifactInfo) -> Path:
     manifest |= {"version": 1, "layers": {}, "serving": {"kind": info.kind, "limits": info.limits.model_dump()}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (40, 30), **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").resize(size).convert("RGB").save(buffer, kind, **how)
+    return buffer.getvalue()
+
+
+@asynccontextmanager
+async def serving(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """The app behind a real HTTP server on a free port, and a client of it."""
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, ws="none")
+    config.load()
+    server = uvicorn.Server(config)  # its parts by hand: serve() would look for the end of the test ten times a second
+    server.lifespan = config.lifespan_class(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        await server.startup([listening])
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+            yield client
+        while server.server_state.connections:  # shutdown() would look only every tenth of a second
+            await asyncio.sleep(0.001)
+        await server.shutdown([listening])
 
 
 async def until(truth: Callable[[], Any], seconds: float = 15.0) -> Any:
