@@ -229,6 +229,16 @@ class VideoLimits(_Value):
     steps: int = 20
     guidance: Guidance = 5.0
 
+    @model_validator(mode="after")
+    def _defaults_fit(self) -> Self:
+        sides = [self.width, self.height]
+        fit = all(side % self.size_multiple == 0 and 0 < side <= self.max_side for side in sides)
+        fit = fit and self.width * self.height <= self.max_pixels and 0 < self.steps <= self.max_steps
+        if not fit or not 0 < self.frames <= self.max_frames or (self.frames - 1) % self.frames_step:
+            asked = f"{self.width} × {self.height}, {self.frames} frames, {self.steps} steps"
+            raise ValueError(f"an artifact's defaults are outside its own limits: {asked}")
+        return self
+
 
 class SceneLimits(_Value):
     """`models.base.SceneLimits`, as it arrives from a manifest."""

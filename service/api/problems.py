@@ -181,7 +181,7 @@ SCHEMA = {"$ref": "#/components/schemas/Problem"}
 def responses(*slugs: str) -> dict[int | str, dict[str, Any]]:
     """The `responses=` of a route that may answer with these types."""
     found: dict[int | str, dict[str, Any]] = {}
-    for slug in (*slugs, "internal"):
+    for slug in (*slugs, "invalid-request", "internal"):
         status, title = TYPES[slug]
         entry = found.setdefault(status, {"description": "", "content": {MEDIA_TYPE: {"schema": SCHEMA}}})
         entry["description"] = f"{entry['description']}; {title}".removeprefix("; ")

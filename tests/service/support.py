@@ -76,16 +76,17 @@ async def serving(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """The app behind a real HTTP server on a free port, and a client of it."""
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, ws="none")
     config.load()
-    server = uvicorn.Server(config)  # its parts by hand: serve() would look for the end of the test ten times a second
+    server = uvicorn.Server(config)  # its parts by hand: serve() and shutdown() wait for ticks of 0.1 s
     server.lifespan = config.lifespan_class(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         await server.startup([listening])
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         async with httpx.AsyncClient(base_url=url, timeout=20) as client:
             yield client
-        while server.server_state.connections:  # shutdown() would look only every tenth of a second
-            await asyncio.sleep(0.001)
-        await server.shutdown([listening])
+        await until(lambda: not server.server_state.connections)
+        for socket_server in server.servers:
+            socket_server.close()
+        await server.lifespan.shutdown()
 
 
 async def until(truth: Callable[[], Any], seconds: float = 15.0) -> Any:
@@ -98,4 +99,4 @@ async def until(truth: Callable[[], Any], seconds: float = 15.0) -> Any:
         if value:
             return value
         assert time.monotonic() < end, f"not true within {seconds} s"
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.005)

@@ -19,7 +19,6 @@ REFUSALS = (
     "idempotency-conflict",
     "body-too-large",
     "unsupported-media-type",
-    "invalid-request",
     "queue-full",
     "no-artifact",
     "queue-unavailable",

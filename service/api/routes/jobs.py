@@ -31,7 +31,7 @@ class AllSentError(Exception):
     """The job has ended and the caller has all its events: 204, which tells an EventSource not to come again."""
 
 
-@router.get("/jobs", responses=responses("invalid-request", "queue-unavailable"))
+@router.get("/jobs", responses=responses("queue-unavailable"))
 async def list_jobs(
     service: TheService,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -79,8 +79,7 @@ async def _after(
 @router.get(
     "/jobs/{job_id}/events",
     response_class=EventSourceResponse,
-    responses=responses("job-not-found", "invalid-request", "queue-unavailable")
-    | {204: {"description": "All was sent"}},
+    responses=responses("job-not-found", "queue-unavailable") | {204: {"description": "All was sent"}},
 )
 async def follow_job(
     job: TheJob, after: Annotated[int, Depends(_after)], service: TheService
