@@ -159,6 +159,7 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "out-of-memory"  # likewise
     STALLED = "stalled"  # no step for longer than allowed; tried again
     DEVICE_LOST = "device-lost"  # the GPU or its driver gave up; tried again on a fresh process
+    ARTIFACT = "artifact-unusable"  # this worker cannot load it, and offers it no more; tried again on another
     STORAGE = "storage"  # inputs or results could not be moved; tried again
     WORKER_LOST = "worker-lost"  # the worker stopped renewing its lease; tried again
 

@@ -18,11 +18,15 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 import structlog
+
+from service.settings import Settings
 
 LONGEST_SOCKET_PATH = 100  # the kernel's sockaddr_un takes 107 bytes
 WATCH_SECONDS = 0.2
@@ -216,3 +220,13 @@ def _ask(path: Path, command: str) -> bytes:
             return connection.recv(64)
     except OSError:
         return b""
+
+
+@contextmanager
+def server_url(settings: Settings) -> Iterator[str]:
+    """Where the queue is: LOWBIT_REDIS_URL, or a server of our own for as long as this lasts."""
+    if settings.redis_url:
+        yield settings.redis_url
+        return
+    with EmbeddedServer(settings.data) as server:
+        yield server.url

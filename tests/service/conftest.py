@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import structlog
 
 from service.api.app import create_app
 from service.queue.client import Queue
@@ -14,6 +15,8 @@ from service.queue.embedded import EmbeddedServer
 from service.results import Results
 from service.settings import Settings
 from tests.service.support import film, new_id, room, serving, write_artifact
+
+structlog.configure(processors=[structlog.processors.KeyValueRenderer(key_order=["event"])])  # plain and quick
 
 Clients = AsyncIterator[httpx.AsyncClient]
 
