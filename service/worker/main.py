@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sys
-import threading
 
 import structlog
 from prometheus_client import start_http_server
@@ -66,9 +65,9 @@ async def _work(settings: Settings, url: str, found: tuple[Found, ...], load: Lo
             loop.add_signal_handler(number, drain)
         if with_parent:
 
-            def wait_for_the_parent() -> None:
-                sys.stdin.buffer.read()  # it never writes: this returns when it is gone, however it went
-                loop.call_soon_threadsafe(worker.draining.set)
+            def parent_gone() -> None:  # it never writes: there is something to read when it has ended, however it did
+                loop.remove_reader(sys.stdin.fileno())
+                worker.draining.set()
 
-            threading.Thread(target=wait_for_the_parent, name="parent", daemon=True).start()
+            loop.add_reader(sys.stdin.fileno(), parent_gone)
         await worker.run()

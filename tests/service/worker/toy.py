@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from models.base import BadInput, Kind, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs
@@ -36,7 +37,7 @@ class Toy:
         assert threading.current_thread().name == "model"
         if isinstance(inputs, SceneInputs):
             on_step(1, 1)
-            sizes = [Image.open(path).size for path in inputs.images]
+            sizes = [np.asarray(Image.open(path)).shape[1::-1] for path in inputs.images]
             (folder / "cameras.json").write_text(json.dumps(sizes))
             return Outputs((OutputFile("cameras.json", "application/json", folder / "cameras.json"),))
         for step in range(inputs.steps):
@@ -68,7 +69,9 @@ def load(path: Path, device: str) -> Toy:
 
 
 if __name__ == "__main__":
+    from service import logs
     from service.settings import from_environment
     from service.worker.main import work
 
+    logs.configure("info")
     work(from_environment(), load, with_parent=True)
