@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,23 +22,33 @@ class Found:
     info: ArtifactInfo
 
 
-class _Serving(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Part(BaseModel):
+    """A part of a manifest that serving needs; the worker's loader checks the rest, unknown fields and hashes too."""
 
+    model_config = ConfigDict(extra="ignore")
+
+
+class _Layer(_Part):
+    format: str
+
+
+class _Attention(_Part):
+    effective_density: float | None = None
+
+
+class _Serving(_Part):
     kind: Literal["video", "scene"]
     limits: dict[str, Any]
 
 
-class _Manifest(BaseModel):
-    """The part of a manifest that serving needs; the worker's loader checks the rest, unknown fields and hashes too."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    name: str | None = None
+class _Manifest(_Part):
+    name: str | None = None  # left out: the folder's
     family: str
     method: str | None = None
-    bits: str | None = None
-    density: float | None = None
+    bits: str | None = None  # left out: the format of most layers
+    density: float | None = None  # left out: what the attention was measured to keep
+    layers: dict[str, _Layer] = {}
+    attention: _Attention | None = None
     quality: dict[str, Any] = {}
     serving: _Serving
 
@@ -52,10 +63,20 @@ def read(folder: Path) -> Found:
     path = folder / MANIFEST
     try:
         manifest = _Manifest.model_validate_json(path.read_bytes())
-        fields = manifest.model_dump(exclude={"name", "serving"})
-        name = manifest.name or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name)
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        info = ArtifactInfo.model_validate({"name": name, "bytes": size, **manifest.serving.model_dump(), **fields})
+        formats = Counter(layer.format for layer in manifest.layers.values()).most_common(1)
+        info = ArtifactInfo.model_validate(
+            {
+                "name": manifest.name or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name),
+                "kind": manifest.serving.kind,
+                "family": manifest.family,
+                "method": manifest.method,
+                "bits": manifest.bits or (formats[0][0] if formats else None),
+                "density": manifest.density or (manifest.attention and manifest.attention.effective_density),
+                "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+                "limits": manifest.serving.limits,
+                "quality": manifest.quality,
+            }
+        )
     except (OSError, ValidationError) as error:
         raise ValueError(f"{path} describes no artifact that can be served: {error}") from error
     return Found(folder, info)

@@ -81,10 +81,19 @@ class Settings(BaseSettings):
         return self.results_url or (self.data.resolve() / "results").as_uri()
 
 
-def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
-    """The settings of this process. A variable `LOWBIT_X` that is no setting is refused: it is a misspelled one."""
+def from_environment(environment: Mapping[str, str] = os.environ, **given: Any) -> Settings:
+    """The settings of this process; what is `given` goes before its environment.
+
+    A variable `LOWBIT_X` that is no setting is refused: it is a misspelled one.
+    """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     unknown = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
     if unknown:
         raise ValueError(f"unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return Settings()
+    return Settings(**given)
+
+
+def to_environment(settings: Settings) -> dict[str, str]:
+    """The variables that give another process the same settings."""
+    values = settings.model_dump(exclude_none=True) | {"artifacts": os.pathsep.join(map(str, settings.artifacts))}
+    return {PREFIX + name.upper(): str(value) for name, value in values.items()}

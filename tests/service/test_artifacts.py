@@ -19,11 +19,19 @@ def test_a_manifest_tells_the_artifact(tmp_path):
 def test_what_serving_does_not_need_is_left_to_the_loader(tmp_path):
     folder = write_artifact(tmp_path / "My film, 2", film())
     manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["name"], manifest["density"]
-    manifest |= {"method": {"name": "smoothquant", "alpha": 0.5}, "layers": {"blocks.0": "W4A8"}, "files": {}}
+    for field in ("name", "density", "bits"):
+        del manifest[field]
+    manifest |= {
+        "runtime": "quant_runtime 0.1.0",
+        "method": {"name": "smoothquant", "fields": {"alpha": 0.5}},
+        "layers": {f"blocks.{i}": {"format": "W8A8" if i == 0 else "W4A8", "bytes": 9} for i in range(3)},
+        "attention": {"policy": {"name": "topk"}, "effective_density": 0.3},
+        "files": {},
+    }
+    manifest["serving"]["guidance_scale"] = "the family's own"
     (folder / "manifest.json").write_text(json.dumps(manifest))
     info = read(folder).info
-    assert (info.name, info.method, info.density) == ("My-film-2", "smoothquant", None)
+    assert (info.name, info.method, info.bits, info.density) == ("My-film-2", "smoothquant", "W4A8", 0.3)
 
 
 @pytest.mark.parametrize(
