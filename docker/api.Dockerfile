@@ -14,7 +14,7 @@ FROM ${BASE}
 RUN useradd --uid 10001 --create-home lowbit && install -d -o lowbit -g lowbit /data
 COPY --from=build /app /app
 ENV PATH=/app/bin:$PATH LOWBIT_HOST=0.0.0.0 LOWBIT_DATA=/data LOWBIT_ARTIFACTS=/artifacts
-USER lowbit
+USER 10001
 WORKDIR /data
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=20s CMD ["python", "-c", \

@@ -21,7 +21,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev &
   && useradd --uid 10001 --create-home lowbit && install -d -o lowbit -g lowbit /data
 COPY --from=build /app /app
 ENV PATH=/app/bin:$PATH LOWBIT_DATA=/data LOWBIT_ARTIFACTS=/artifacts LOWBIT_METRICS_HOST=0.0.0.0 LOWBIT_METRICS_PORT=9100
-USER lowbit
+USER 10001
 WORKDIR /data
 EXPOSE 9100
 # Healthy is a worker whose loop still tells the queue that it lives; a container that only runs is not.

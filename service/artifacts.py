@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from service.jobs import ArtifactInfo
+from service.settings import StartError
 
 MANIFEST = "manifest.json"
 
@@ -59,7 +60,7 @@ class _Manifest(_Part):
 
 
 def read(folder: Path) -> Found:
-    """Raises ValueError that names the file and what in it is wrong."""
+    """Raises StartError that names the file and what in it is wrong."""
     path = folder / MANIFEST
     try:
         manifest = _Manifest.model_validate_json(path.read_bytes())
@@ -78,7 +79,7 @@ def read(folder: Path) -> Found:
             }
         )
     except (OSError, ValidationError) as error:
-        raise ValueError(f"{path} describes no artifact that can be served: {error}") from error
+        raise StartError(f"{path} describes no artifact that can be served: {error}") from error
     return Found(folder, info)
 
 
@@ -91,7 +92,7 @@ def find(places: Iterable[Path]) -> tuple[Found, ...]:
     for folder in _folders(places):
         one = read(folder)
         if one.info.name in found:
-            raise ValueError(f"{folder} and {found[one.info.name].folder} are both named {one.info.name!r}; rename one")
+            raise StartError(f"{folder} and {found[one.info.name].folder} are both named {one.info.name!r}; rename one")
         found[one.info.name] = one
     return tuple(found.values())
 

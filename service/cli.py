@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,7 +61,7 @@ def serve(
     patience = settings.drain_seconds + OBEY_SECONDS + 5
     # The port of a worker's metrics is its own matter here: one that is taken must not keep it from starting.
     environment = os.environ | to_environment(settings) | _unless_set("LOWBIT_METRICS_PORT", "0")
-    with server_url(settings) as url, Supervised(command, environment, patience):
+    with _said_in_one_line(), server_url(settings) as url, Supervised(command, environment, patience):
         typer.echo(f"lowbit answers at http://{settings.host}:{settings.port} (docs at /docs)", err=True)
         serve_api(settings, url)
 
@@ -71,7 +73,7 @@ def api(host: Host = None, port: Port = None, data: Data = None, artifacts: Arti
     from service.api.main import serve as serve_api
     from service.queue.embedded import server_url
 
-    with server_url(settings) as url:
+    with _said_in_one_line(), server_url(settings) as url:
         typer.echo(f"lowbit answers at http://{settings.host}:{settings.port} (docs at /docs)", err=True)
         serve_api(settings, url)
 
@@ -87,10 +89,8 @@ def worker(
     settings = _settings(data=data, artifacts=artifacts, device=device)
     from service.worker.main import work
 
-    try:
+    with _said_in_one_line():
         work(settings, _load, with_parent)
-    except (ValueError, OSError) as error:
-        raise _refused(error) from error
 
 
 def _load(path: Path, device: str) -> Generator:
@@ -113,6 +113,18 @@ def _settings(**given: Any) -> Settings:
 
 def _unless_set(name: str, value: str) -> dict[str, str]:
     return {} if name in os.environ else {name: value}
+
+
+@contextmanager
+def _said_in_one_line() -> Iterator[None]:
+    """What keeps a process from starting is told without a traceback: it is the setting that is at fault."""
+    from service.results import StorageError
+    from service.settings import StartError
+
+    try:
+        yield
+    except (StartError, StorageError) as error:
+        raise _refused(error) from error
 
 
 def _refused(error: Exception) -> typer.Exit:

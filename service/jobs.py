@@ -6,7 +6,7 @@ has its value, the seed is drawn, uploads lie in the results store. A *job* is a
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
@@ -19,6 +19,7 @@ FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 ARTIFACT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exactly
 PROBLEM = "urn:lowbit:problem:"
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def _plain(text: str) -> str:
@@ -26,7 +27,7 @@ def _plain(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError("holds half of a surrogate pair, which is no character") from error
-    if any(unicodedata.category(c) == "Cc" and c not in "\n\t\r" for c in text):
+    if _CONTROL.search(text):
         raise ValueError("holds control characters; line breaks and tabs are the only ones taken")
     return text
 

@@ -17,6 +17,10 @@ Count = Annotated[int, Field(ge=1)]
 Priority = Annotated[int, Field(ge=0, le=9)]
 
 
+class StartError(Exception):
+    """Why a process cannot start, in words for whoever started it."""
+
+
 class Settings(BaseSettings):
     """One value for API, queue and worker. Times are seconds, sizes bytes; a wrong value stops the start, by name."""
 

@@ -19,22 +19,22 @@ GRACE_SECONDS = 5  # for answers under way; a stream of events would never end b
 
 def serve(settings: Settings, url: str) -> None:
     """Answers at settings.host and port, with the queue at `url`, until SIGTERM or SIGINT; a second ends it at once."""
-    asyncio.run(_serve(settings, url))
+    queue = Queue.open(url, settings)
+    config = uvicorn.Config(
+        create_app(settings, queue, Results(settings.results_location)),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,  # /metrics counts and times every request
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        ws="none",
+    )
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:  # uvloop, where it is installed
+        runner.run(_serve(queue, _Server(config)))
 
 
-async def _serve(settings: Settings, url: str) -> None:
-    async with Queue.open(url, settings) as queue:
-        app = create_app(settings, queue, Results(settings.results_location))
-        config = uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,  # /metrics counts and times every request
-            timeout_graceful_shutdown=GRACE_SECONDS,
-            ws="none",
-        )
-        server = _Server(config)
+async def _serve(queue: Queue, server: uvicorn.Server) -> None:
+    async with queue:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
         await server.serve()

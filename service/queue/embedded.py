@@ -26,7 +26,7 @@ from typing import IO, Self
 
 import structlog
 
-from service.settings import Settings
+from service.settings import Settings, StartError
 
 LONGEST_SOCKET_PATH = 100  # the kernel's sockaddr_un takes 107 bytes
 WATCH_SECONDS = 0.2
@@ -37,7 +37,7 @@ OLDEST_MAJOR = 7  # functions came with Redis 7
 _log = structlog.get_logger()
 
 
-class NoServerError(RuntimeError):
+class NoServerError(StartError):
     """No server binary, or one that does not start."""
 
 

@@ -15,7 +15,7 @@ from service.artifacts import Found
 from service.queue.client import Queue
 from service.queue.embedded import server_url
 from service.results import Results
-from service.settings import Settings
+from service.settings import Settings, StartError
 from service.worker.loop import UnusableError, Worker
 from service.worker.runner import Load, Runner
 
@@ -27,14 +27,20 @@ _log = structlog.get_logger()
 def work(settings: Settings, load: Load, with_parent: bool = False) -> None:
     """Returns when the worker has drained: after SIGTERM or SIGINT, or, `with_parent`, once standard input ends.
 
-    A second signal ends it at once. Raises ValueError where there is no artifact to run, OSError where the metrics port
-    is taken; ends the process with EXIT_UNUSABLE where it can run no other job.
+    A second signal ends it at once. Raises StartError where there is no artifact to run or the metrics port is taken;
+    ends the process with EXIT_UNUSABLE where it can run no other job.
     """
     found = artifacts.find(settings.artifacts)
     if not found:
         places = ", ".join(map(str, settings.artifacts))
-        raise ValueError(f"a worker needs an artifact: none is in {places}; name folders of some in LOWBIT_ARTIFACTS")
-    server, serving = start_http_server(settings.metrics_port, settings.metrics_host, metrics.REGISTRY)
+        raise StartError(f"a worker needs an artifact: none is in {places}; name folders of some in LOWBIT_ARTIFACTS")
+    try:
+        server, serving = start_http_server(settings.metrics_port, settings.metrics_host, metrics.REGISTRY)
+    except OSError as error:
+        where = f"{settings.metrics_host}:{settings.metrics_port}"
+        raise StartError(
+            f"metrics cannot be served at {where}: {error}; LOWBIT_METRICS_PORT=0 takes a free port"
+        ) from error
     _log.info("metrics_served", url=f"http://{settings.metrics_host}:{server.server_port}/metrics")
     try:
         with server_url(settings) as url:

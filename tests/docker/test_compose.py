@@ -62,7 +62,7 @@ def test_nothing_is_open_to_other_machines_by_default():
 def test_images_run_as_nobody_in_particular_and_know_their_health(file):
     text = file.read_text()
     last = text.split("FROM ")[-1]
-    assert "USER lowbit" in last
+    assert "USER 10001" in last
     assert "HEALTHCHECK" in last
 
 

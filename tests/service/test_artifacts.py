@@ -5,6 +5,7 @@ import json
 import pytest
 
 from service.artifacts import find, read
+from service.settings import StartError
 from tests.service.support import film, room, write_artifact
 
 
@@ -50,14 +51,14 @@ def test_a_manifest_that_cannot_be_served_is_refused_by_file_and_field(tmp_path,
     folder = write_artifact(tmp_path / "a", film())
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | change))
-    with pytest.raises(ValueError, match=hint) as error:
+    with pytest.raises(StartError, match=hint) as error:
         read(folder)
     assert str(folder / "manifest.json") in str(error.value)
 
 
 def test_a_manifest_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json"):
+    with pytest.raises(StartError, match=r"manifest\.json"):
         read(tmp_path)
 
 
@@ -75,5 +76,5 @@ def test_a_place_is_an_artifact_or_a_folder_of_them(tmp_path):
 def test_two_artifacts_of_one_name_are_refused(tmp_path):
     write_artifact(tmp_path / "a", film())
     write_artifact(tmp_path / "b", film())
-    with pytest.raises(ValueError, match="both named 'film'"):
+    with pytest.raises(StartError, match="both named 'film'"):
         find([tmp_path])

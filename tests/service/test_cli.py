@@ -103,7 +103,9 @@ def test_api_and_worker_apart_share_the_private_queue(run, port):
         (["api"], {"LOWBIT_LEESE_SECONDS": "3"}, "LOWBIT_LEESE_SECONDS"),
         (["worker"], {"LOWBIT_BEAT_SECONDS": "29"}, "beat_seconds"),
         (["worker", "--artifacts", "/nowhere"], {"LOWBIT_METRICS_PORT": "0"}, "LOWBIT_ARTIFACTS"),
-        (["worker"], {"LOWBIT_METRICS_HOST": "203.0.113.7"}, "assign requested address"),
+        (["worker"], {"LOWBIT_METRICS_HOST": "203.0.113.7"}, "LOWBIT_METRICS_PORT=0"),
+        (["api"], {"LOWBIT_RESULTS_URL": "bogus://bucket"}, "bogus://bucket"),
+        (["serve"], {"LOWBIT_RESULTS_URL": "bogus://bucket"}, "bogus://bucket"),
     ],
 )
 def test_what_cannot_be_started_is_said_in_one_line(run, arguments, environment, hint):

@@ -14,6 +14,7 @@ from service.api.app import create_app
 from service.jobs import Progress
 from service.queue.client import Queue
 from service.queue.embedded import EmbeddedServer
+from service.settings import StartError
 from tests.service.api.routes.test_generate import REQUEST
 from tests.service.api.routes.test_jobs import follow
 from tests.service.api.routes.test_reconstruct import PNG, images
@@ -60,7 +61,7 @@ async def test_types_of_problems_have_one_status_each():
 async def test_two_artifacts_of_one_name_are_refused_at_the_start(settings, queue, results, artifacts):
     (artifacts / "copy").mkdir()
     (artifacts / "copy" / "manifest.json").write_bytes((artifacts / "film" / "manifest.json").read_bytes())
-    with pytest.raises(ValueError, match="both named 'film'"):
+    with pytest.raises(StartError, match="both named 'film'"):
         create_app(settings, queue, results)
 
 

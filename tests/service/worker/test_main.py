@@ -16,7 +16,7 @@ import pytest
 
 from service.queue.client import Queue
 from service.queue.embedded import EmbeddedServer
-from service.settings import Settings
+from service.settings import Settings, StartError
 from service.worker.main import work
 from tests.service.support import until
 from tests.service.worker import toy
@@ -137,5 +137,5 @@ async def test_a_worker_serves_its_metrics(start, queue):
 
 
 def test_a_worker_without_an_artifact_says_where_it_looked(settings):
-    with pytest.raises(ValueError, match=rf"{settings.artifacts[0]}.*LOWBIT_ARTIFACTS"):
+    with pytest.raises(StartError, match=rf"{settings.artifacts[0]}.*LOWBIT_ARTIFACTS"):
         work(settings, toy.load)
