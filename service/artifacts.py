@@ -97,6 +97,15 @@ def find(places: Iterable[Path]) -> tuple[Found, ...]:
     return tuple(found.values())
 
 
+def needed(places: tuple[Path, ...]) -> tuple[Found, ...]:
+    """As find; raises StartError where there is none."""
+    found = find(places)
+    if not found:
+        where = ", ".join(map(str, places))
+        raise StartError(f"a worker needs an artifact: none is in {where}; name folders of some in LOWBIT_ARTIFACTS")
+    return found
+
+
 def _folders(places: Iterable[Path]) -> Iterator[Path]:
     for place in places:
         if (place / MANIFEST).is_file():

@@ -51,19 +51,25 @@ def serve(
 ) -> None:
     """API and one worker, with a private queue unless LOWBIT_REDIS_URL is set. A worker that dies is started again."""
     settings = _settings(host=host, port=port, data=data, artifacts=artifacts, device=device)
+    from service import artifacts as found
     from service.api.main import serve as serve_api
     from service.queue.embedded import server_url
     from service.settings import to_environment
     from service.supervise import Supervised
     from service.worker.loop import OBEY_SECONDS
 
-    command = [sys.executable, "-m", "service.cli", "worker", "--with-parent"]
+    # -P and PYTHONPATH: the child imports these packages, and not what lies in the folder that it is started in.
+    command = [sys.executable, "-P", "-m", "service.cli", "worker", "--with-parent"]
+    root = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | to_environment(settings) | {"PYTHONPATH": root}
+    if "LOWBIT_METRICS_PORT" not in os.environ:
+        environment["LOWBIT_METRICS_PORT"] = "0"  # a port that is taken must not keep this worker from starting
     patience = settings.drain_seconds + OBEY_SECONDS + 5
-    # The port of a worker's metrics is its own matter here: one that is taken must not keep it from starting.
-    environment = os.environ | to_environment(settings) | _unless_set("LOWBIT_METRICS_PORT", "0")
-    with _said_in_one_line(), server_url(settings) as url, Supervised(command, environment, patience):
-        typer.echo(f"lowbit answers at http://{settings.host}:{settings.port} (docs at /docs)", err=True)
-        serve_api(settings, url)
+    with _said_in_one_line():
+        found.needed(settings.artifacts)
+        with server_url(settings) as url, Supervised(command, environment, patience):
+            typer.echo(f"lowbit answers at http://{settings.host}:{settings.port} (docs at /docs)", err=True)
+            serve_api(settings, url)
 
 
 @app.command()
@@ -109,10 +115,6 @@ def _settings(**given: Any) -> Settings:
         raise _refused(error) from error
     logs.configure(settings.log_level)
     return settings
-
-
-def _unless_set(name: str, value: str) -> dict[str, str]:
-    return {} if name in os.environ else {name: value}
 
 
 @contextmanager

@@ -22,6 +22,8 @@ async def keep_up(queue: Queue, results: Results) -> None:
             await remove_old(queue, results)
         except (UnavailableError, StorageError) as error:
             _log.warning("upkeep_waits", error=str(error))
+        except Exception as error:  # a fault of ours must not end it unseen
+            _log.error("upkeep_failed", exc_info=error)
         await asyncio.sleep(SWEEP_SECONDS)
 
 

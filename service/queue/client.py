@@ -62,6 +62,7 @@ _TASKS: dict[str, type[VideoTask] | type[SceneTask]] = {"video": VideoTask, "sce
 
 Renewal = Literal["ok", "cancel", "lost"]
 Finish = Literal["ok", "cancelled", "lost"]
+Cancellation = Literal["missing", "cancelled", "again", "asked", "ended"]
 Failure = Literal["failed", "dead", "retry", "cancelled", "lost"]
 
 
@@ -333,8 +334,11 @@ class Queue:
 
     # Ending
 
-    async def cancel(self, job_id: str) -> tuple[Literal["missing", "cancelled", "asked", "ended"], Job | None]:
-        """'cancelled': it is. 'asked': it runs, and will end cancelled whatever its worker does. 'ended': too late."""
+    async def cancel(self, job_id: str) -> tuple[Cancellation, Job | None]:
+        """'cancelled': it is. 'again': it was already. 'ended': too late.
+
+        'asked': it runs, and will end cancelled whatever its worker does.
+        """
         reply = await self._call("cancel", job_id)
         return reply[0], _job(reply[1]) if len(reply) > 1 else None
 

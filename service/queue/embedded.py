@@ -120,7 +120,7 @@ class EmbeddedServer:
         while not self._stop.wait(WATCH_SECONDS):
             try:
                 self._keep()
-            except (OSError, NoServerError) as error:
+            except Exception as error:  # whatever it is, the next try may fare better, and this thread must not end
                 _log.error("queue_server_not_started", error=str(error))
                 self._stop.wait(5.0)
 

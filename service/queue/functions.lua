@@ -350,7 +350,7 @@ local function release(keys, args)
   return close(p, job, 'ok')
 end
 
--- id -> {'missing'} | {'cancelled' | 'asked' | 'ended', view}
+-- id -> {'missing'} | {'cancelled' | 'again' | 'asked' | 'ended', view}
 local function cancel(keys, args)
   local p, now, id = keys[1], now_ms(), args[1]
   local job = job_of(p, id)
@@ -363,7 +363,7 @@ local function cancel(keys, args)
     set(p, job, 'cancel', 1)
     verdict = 'asked'
   elseif job.status == 'cancelled' then
-    verdict = 'cancelled' -- the same request again
+    verdict = 'again'
   end
   return { verdict, view(p, id) }
 end

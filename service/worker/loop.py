@@ -87,6 +87,8 @@ class Worker:
             except UnavailableError as error:
                 metrics.queue_errors.inc()
                 _log.warning("queue_unavailable", error=str(error))
+            except Exception as error:  # a fault of ours must not make a living worker look dead unseen
+                _log.error("beat_failed", exc_info=error)
             await asyncio.sleep(self.settings.beat_seconds)
 
     async def _next(self) -> Lease | None:

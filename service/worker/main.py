@@ -30,10 +30,7 @@ def work(settings: Settings, load: Load, with_parent: bool = False) -> None:
     A second signal ends it at once. Raises StartError where there is no artifact to run or the metrics port is taken;
     ends the process with EXIT_UNUSABLE where it can run no other job.
     """
-    found = artifacts.find(settings.artifacts)
-    if not found:
-        places = ", ".join(map(str, settings.artifacts))
-        raise StartError(f"a worker needs an artifact: none is in {places}; name folders of some in LOWBIT_ARTIFACTS")
+    found = artifacts.needed(settings.artifacts)
     try:
         server, serving = start_http_server(settings.metrics_port, settings.metrics_host, metrics.REGISTRY)
     except OSError as error:

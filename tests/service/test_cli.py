@@ -106,6 +106,7 @@ def test_api_and_worker_apart_share_the_private_queue(run, port):
         (["worker"], {"LOWBIT_METRICS_HOST": "203.0.113.7"}, "LOWBIT_METRICS_PORT=0"),
         (["api"], {"LOWBIT_RESULTS_URL": "bogus://bucket"}, "bogus://bucket"),
         (["serve"], {"LOWBIT_RESULTS_URL": "bogus://bucket"}, "bogus://bucket"),
+        (["serve", "--artifacts", "/nowhere"], {}, "LOWBIT_ARTIFACTS"),
     ],
 )
 def test_what_cannot_be_started_is_said_in_one_line(run, arguments, environment, hint):

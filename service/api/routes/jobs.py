@@ -61,7 +61,7 @@ async def cancel_job(job: TheJob, response: Response, service: TheService) -> Jo
         )
     if verdict == "asked":
         response.status_code = 202
-    elif not job.status.ended:
+    elif verdict == "cancelled":
         metrics.jobs_finished.labels(job.kind, job.artifact, "cancelled").inc()
     return cancelled
 

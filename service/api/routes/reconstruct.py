@@ -79,22 +79,20 @@ async def reconstruct_3d(http: Request, response: Response, key: IdempotencyKey,
         if submission is None:
             job_id = uuid.uuid4().hex
             made = await _made_by(request.job, service) if request.job else None
-            try:
-                if files:
-                    await service.queue.reserve(job_id)
-                uploads = [await _store(file, job_id, service) for file in files]
-                task = SceneTask(
-                    artifact=info.name,
-                    max_views=max_views,
-                    formats=formats,
-                    images=tuple(uploads) if images else (),
-                    video=made or (uploads[0] if videos else None),
-                    job=request.job,
-                )
-                submission = await service.queue.enqueue(job_id, "scene", task, idempotency)
-            finally:
-                if files and (submission is None or submission.job.id != job_id):
-                    await service.results.remove(f"uploads/{job_id}")
+            if files:
+                await service.queue.reserve(job_id)  # should this end here, they are removed all the same
+            uploads = [await _store(file, job_id, service) for file in files]
+            task = SceneTask(
+                artifact=info.name,
+                max_views=max_views,
+                formats=formats,
+                images=tuple(uploads) if images else (),
+                video=made or (uploads[0] if videos else None),
+                job=request.job,
+            )
+            submission = await service.queue.enqueue(job_id, "scene", task, idempotency)
+            if files and submission.job.id != job_id:  # another with the same key was faster
+                await service.results.remove(f"uploads/{job_id}")
     if submission.created:
         metrics.jobs_submitted.labels("scene", info.name).inc()
     response.headers["Location"] = f"/jobs/{submission.job.id}"

@@ -313,7 +313,7 @@ async def test_cancelling_a_queued_job_takes_it_out(queue):
     verdict, job = await queue.cancel(job_id)
     assert (verdict, job.status) == ("cancelled", "cancelled")
     assert (await queue.claim("w1", "", ["film"])).lease is None
-    assert (await queue.cancel(job_id))[0] == "cancelled"
+    assert (await queue.cancel(job_id))[0] == "again"
 
 
 async def test_cancelling_a_job_that_waits_for_its_retry_takes_it_out(queue):
