@@ -39,6 +39,7 @@ FileName = Annotated[str, Field(pattern=FILE_NAME)]
 ArtifactName = Annotated[str, Field(pattern=ARTIFACT_NAME)]
 Guidance = Annotated[float, Field(ge=0, le=50, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Whole = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # of any use; what is taken is the artifact's to say
 Fps = Annotated[int, Field(ge=1, le=60)]
 
 
@@ -57,11 +58,11 @@ class VideoRequest(_Value):
     prompt: Text
     negative_prompt: Text = ""
     artifact: ArtifactName | None = None
-    width: int | None = None
-    height: int | None = None
-    frames: int | None = None
+    width: Whole | None = None
+    height: Whole | None = None
+    frames: Whole | None = None
     fps: Fps | None = None
-    steps: int | None = None
+    steps: Whole | None = None
     guidance: Guidance | None = None
     seed: Seed | None = None
 
@@ -71,7 +72,7 @@ class SceneRequest(_Value):
 
     artifact: ArtifactName | None = None
     job: JobId | None = None
-    max_views: int | None = None
+    max_views: Whole | None = None
     formats: tuple[str, ...] | None = None
 
 

@@ -84,6 +84,7 @@ def in_state(state: str) -> None:
 
 
 def holds(infos: Iterable[ArtifactInfo]) -> None:
+    artifact.clear()
     for info in infos:
         density = "1" if info.density is None else f"{info.density:g}"
         artifact.labels(info.name, info.family, info.method or "none", info.bits or "none", density).set(1)

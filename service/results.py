@@ -73,10 +73,10 @@ class Results:
         if (await asyncio.to_thread(digest, target)).sha256 != sha256:
             raise StorageError(f"{path} is not what was stored: its SHA-256 is another")
 
-    async def read(self, path: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
-        """The bytes from `start` up to and without `end`, in chunks. A missing file is told before the first."""
+    async def read(self, path: str, span: tuple[int, int] | None = None) -> AsyncIterator[bytes]:
+        """All bytes, or those from span[0] up to and without span[1], in chunks."""
         async with _translated(path):
-            options: GetOptions | None = {"range": (start, end)} if end is not None else None
+            options: GetOptions | None = {"range": span} if span else None
             got = await obstore.get_async(self._store, path, options=options)
             async for chunk in got.stream(CHUNK):
                 yield chunk

@@ -33,7 +33,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from service.jobs import ArtifactInfo, Job, Kind, Problem, Progress, Result, SceneTask, Task, VideoTask
+from service.jobs import ArtifactInfo, Job, JobStatus, Kind, Problem, Progress, Result, SceneTask, Task, VideoTask
 from service.settings import Settings
 
 CONNECT_SECONDS = 1.0
@@ -266,15 +266,6 @@ class Queue:
         ]
         return Stats(waiting, delayed, running, dead, workers, tuple(sorted(lanes, key=lambda lane: lane.artifact)))
 
-    async def dead(self, limit: int = 100) -> Sequence[str]:
-        """Ids of the newest dead letters: jobs that were tried as often as allowed."""
-        ids = await self._answer(self.redis.zrange(self.key("dead"), 0, limit - 1, desc=True))
-        return cast("list[str]", ids)
-
-    async def ping(self) -> None:
-        """Returns once a function of ours has run: the server is there and has, or can be given, the library."""
-        await self._call("stats")
-
     # Working
 
     async def claim(self, worker: str, hot: str, artifacts: Iterable[str]) -> Claim:
@@ -417,7 +408,7 @@ def _job(view: list[Any]) -> Job:
     return Job(
         id=h["id"],
         kind=cast(Kind, h["kind"]),
-        status=h["status"],  # type: ignore[arg-type]  # pydantic makes the JobStatus
+        status=JobStatus(h["status"]),
         artifact=h["artifact"],
         request=_TASKS[h["kind"]].model_validate_json(h["task"]),
         created_at=created,

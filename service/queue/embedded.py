@@ -135,7 +135,7 @@ class EmbeddedServer:
             return
         with life:
             if self._child is not None:
-                _log.warning("queue_server_died", code=self._child.poll())
+                _log.warning("queue_server_died", code=self._child.wait())
             self._child = self._start(life)
 
     def _lock(self, name: str) -> IO[bytes] | None:

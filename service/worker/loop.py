@@ -211,6 +211,7 @@ class Worker:
             raise UnusableError(problem.detail)
         if reason is Reason.ARTIFACT:
             self.runner.withdraw(lease.job.artifact)
+            metrics.holds(self.runner.infos.values())
             if not self.runner.infos:
                 raise UnusableError(f"no artifact is left that this worker can load: {problem.detail}")
 

@@ -51,7 +51,7 @@ async def download_result(
     if span:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{result.bytes}"
     path = result_path(job.id, job.attempt, name)
-    chunks = service.results.read(path, start, end) if span else service.results.read(path)
+    chunks = service.results.read(path, span)
     try:
         first = await anext(chunks, b"")
     except MissingError as error:

@@ -153,7 +153,7 @@ async def test_a_store_that_never_works_ends_the_job_with_that_reason(make, queu
     async with at_work(make()):
         job = await reaches(queue, await submit(queue))
     assert (job.status, job.attempt, job.error.type) == ("failed", 3, "urn:lowbit:problem:storage")
-    assert await queue.dead() == [job.id]
+    assert await queue.redis.zrange(queue.key("dead"), 0, -1) == [job.id]
 
 
 async def test_cancelling_stops_at_the_next_step(make, queue, settings):
@@ -316,7 +316,7 @@ async def test_the_worker_and_its_job_outlive_the_queue_server(settings, results
 
 async def _answers(queue: Queue) -> bool:
     try:
-        await queue.ping()
+        await queue.stats()
     except loop.UnavailableError:
         return False
     return True

@@ -73,6 +73,7 @@ async def test_two_drawn_seeds_differ(client):
         ({"frames": 37}, "frames", "33"),
         ({"frames": 9.5}, "frames", "integer"),
         ({"frames": True}, "frames", "integer"),
+        ({"frames": 10**400}, "frames", "2147483648"),
         ({"fps": 0}, "fps", "1"),
         ({"fps": 61}, "fps", "60"),
         ({"steps": 0}, "steps", "50"),
