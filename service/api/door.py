@@ -61,7 +61,7 @@ def _wrong_kind(headers: Headers, body: Body) -> ProblemError | None:
     if given.split(";")[0].strip().lower() == body.media_type:
         return None
     detail = f"the body must be {body.media_type}, got {ascii(given)[1:-1] or 'none'}"
-    return ProblemError("unsupported-media-type", detail, field="Content-Type")
+    return ProblemError("unsupported-media-type", detail, field="content-type")
 
 
 def _too_long(headers: Headers, limit: int) -> ProblemError | None:

@@ -136,7 +136,7 @@ def problem_of(error: Exception, request: Request) -> ProblemError:
         case RequestValidationError():
             return _of_validation(error)
         case ConflictError():
-            return ProblemError("idempotency-conflict", str(error), field="Idempotency-Key")
+            return ProblemError("idempotency-conflict", str(error), field="idempotency-key")
         case FullError():
             seconds = max(1, round(error.seconds))
             return ProblemError("queue-full", str(error), headers={"Retry-After": str(seconds)})

@@ -73,11 +73,12 @@ def find_binary() -> Path:
 class EmbeddedServer:
     """`with EmbeddedServer(data) as server: Queue.open(server.url, ...)`. Entering returns once the server answers."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, binary: Path | None = None) -> None:
         self.folder = data.resolve() / "queue"
         self.socket = _socket_path(self.folder)
         self.log = self.folder / "server.log"
         self.url = f"unix://{self.socket}"
+        self._binary = binary  # none looks for one when the server is first started
         self._child: subprocess.Popen[bytes] | None = None
         self._users: IO[bytes] | None = None
         self._keeper: IO[bytes] | None = None
@@ -148,8 +149,9 @@ class EmbeddedServer:
         return file
 
     def _start(self, life: IO[bytes]) -> subprocess.Popen[bytes]:
+        self._binary = self._binary or find_binary()
         command = [
-            str(find_binary()), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700",
+            str(self._binary), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700",
             "--dir", str(self.folder), "--appendonly", "yes", "--appendfsync", "everysec", "--save", "",
             "--maxmemory-policy", "noeviction", "--daemonize", "no", "--logfile", str(self.log),
         ]  # fmt: skip

@@ -90,6 +90,6 @@ def _span(header: str, size: int) -> tuple[int, int] | None:
     if start >= end:
         total = {"Content-Range": f"bytes */{size}"}
         raise ProblemError(
-            "range-not-satisfiable", f"the file has {size} bytes, asked for {match[0]}", field="Range", headers=total
+            "range-not-satisfiable", f"the file has {size} bytes, asked for {match[0]}", field="range", headers=total
         )
     return start, end

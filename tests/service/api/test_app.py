@@ -90,7 +90,7 @@ async def test_while_the_queue_server_is_away_every_answer_is_503_at_once(settin
             response = await question
             assert (response.status_code, response.json()["type"]) == (503, "urn:lowbit:problem:queue-unavailable")
             assert int(response.headers["retry-after"]) > 0
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < 3.0  # not the twenty of a client that is patient
         assert (await client.post("/generate/video", json={"prompt": ""})).status_code == 422
         assert (await client.get("/livez")).status_code == 200
         assert [a["name"] for a in (await client.get("/artifacts")).json()] == ["film", "room"]

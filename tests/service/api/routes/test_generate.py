@@ -148,7 +148,7 @@ async def test_an_idempotency_key_makes_a_repeated_request_the_same_job(client, 
     assert (await queue.stats()).waiting == 1
     other = await client.post("/generate/video", json=REQUEST | {"steps": 5}, headers=key)
     assert (other.status_code, other.json()["type"]) == (409, "urn:lowbit:problem:idempotency-conflict")
-    assert other.json()["field"] == "Idempotency-Key"
+    assert other.json()["field"] == "idempotency-key"
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "two words"])
