@@ -280,7 +280,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, manifest: Manifest | None = None) -> Manifest:
-    """Every file is there, no other is, and each has the bytes that it was saved with; else an ArtifactError by name."""
+    """Every file is there, no other is, and each has the bytes it was saved with; else an ArtifactError by name."""
     folder = Path(folder)
     manifest = manifest or read_manifest(folder)
     found = set(_files(folder)) - {MANIFEST}
