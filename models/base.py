@@ -8,15 +8,16 @@ worker it is a *generator*, warm, that turns inputs into files.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
     from quant_runtime.artifact import Manifest
     from quant_runtime.attention import AttentionPlan, AttentionState
-    from torch import nn
 
 Kind = Literal["video", "scene"]
 OnStep = Callable[[int, int], None]  # (step done, of how many); raising from it ends the run at this step boundary
@@ -89,7 +90,6 @@ class OutputFile:
 @dataclass(frozen=True)
 class Outputs:
     files: tuple[OutputFile, ...]
-    facts: dict[str, float | int | str] = field(default_factory=dict)  # small numbers worth a log line: points, density
 
 
 class Generator(Protocol):
@@ -105,6 +105,7 @@ class Generator(Protocol):
 class Model(Generator, Protocol):
     """One loaded model, as the offline stage sees it."""
 
+    kernels: dict[str, str]  # which arithmetic runs on this machine, in words
     network: nn.Module  # whose linear layers shrink
     attention: AttentionState  # how its self-attention runs, and what density it ran at
 

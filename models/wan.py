@@ -1,4 +1,7 @@
-"""Wan (arXiv:2503.20314) in diffusers' layout: text to video. Its blocks' linear layers shrink, its self-attention goes sparse."""
+"""Wan (arXiv:2503.20314) in diffusers' layout: text to video.
+
+The linear layers of its blocks shrink, its self-attention goes sparse.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ from quant_runtime.kernels._cpu import cpu_has_bfloat16
 from quant_runtime.linear import QuantLinear, fuse
 from quant_runtime.sparsity.base import TokenLayout
 
-SERVING = "serving.json"  # beside model_index.json: what this checkpoint takes, where it differs from Wan's own defaults
+SERVING = "serving.json"  # beside model_index.json: what this checkpoint takes, where that is not Wan's own
 PROMPTS = (  # where a checkpoint names none of its own
     "A ginger cat walks along a garden wall at sunset, the camera follows from the side",
     "Waves break on a rocky shore under a grey sky, slow motion",
@@ -34,16 +37,17 @@ PROMPTS = (  # where a checkpoint names none of its own
     "A potter shapes a clay bowl on a spinning wheel, hands in focus",
     "Time-lapse of clouds passing over a wheat field",
 )
+WAN_LIMITS = VideoLimits(
+    size_multiple=16, max_pixels=1280 * 720, max_side=1280, max_frames=81, width=832, height=480, frames=81, fps=16,
+    steps=50, guidance=5.0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Serving:
     """What a checkpoint is run with. The defaults are Wan 2.1's."""
 
-    limits: VideoLimits = VideoLimits(
-        size_multiple=16, max_pixels=1280 * 720, max_side=1280, max_frames=81, width=832, height=480, frames=81, fps=16,
-        steps=50, guidance=5.0,
-    )  # fmt: skip
+    limits: VideoLimits = WAN_LIMITS
     max_tokens: int = 512  # prompts are padded to it, and cut there
     calibration: tuple[str, ...] = PROMPTS[:4]
     judging: tuple[str, ...] = PROMPTS[4:]
@@ -63,7 +67,7 @@ class Serving:
 
 
 class SelfAttention:
-    """diffusers' processor of `attn1`, its attention by our plan. Dense and unquantized it computes what theirs does."""
+    """diffusers' processor of `attn1`, with our attention. Dense and unquantized it computes what theirs does."""
 
     def __init__(self, layer: int, model: WanModel) -> None:
         self.layer, self.model = layer, model
@@ -162,8 +166,7 @@ class WanModel:
             OutputFile("video.mp4", "video/mp4", folder / "video.mp4"),
             OutputFile("poster.jpg", "image/jpeg", folder / "poster.jpg"),
         )
-        density = self.attention.density()
-        return Outputs(files, {"frames": len(frames), "density": round(density.effective, 4)})
+        return Outputs(files)
 
     @torch.inference_mode()
     def film(self, inputs: VideoInputs, on_step: OnStep) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`lowbit quantize` and `lowbit inspect`: what is asked on the command line becomes a recipe, an artifact becomes a table.
+"""`lowbit quantize` and `lowbit inspect`: a command line's words become a recipe, an artifact becomes a table.
 
 Imported by the command line when one of the two is called: it brings torch.
 """
@@ -77,11 +77,10 @@ def quantize(source: str, made: Recipe, out: Path, device: str, replace: bool, c
                 bars[stage] = progress.add_task(STAGES[stage], total=of)
             progress.update(bars[stage], completed=done)
 
-        manifest = compress.compress(
+        return compress.compress(
             family, folder, made, out, base=source if source in registry.SHIPPED else folder.name,
             device=resolve(device), on_progress=show, replace=replace,
         )  # fmt: skip
-    return manifest
 
 
 def resolve(device: str) -> str:

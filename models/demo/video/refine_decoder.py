@@ -1,8 +1,10 @@
-"""Sharpen a trained autoencoder's decoder, its latents as they are: `python -m models.demo.video.refine_decoder --start DIR --out DIR`.
+"""Sharpen a trained autoencoder's decoder, its latents as they are.
 
-The encoder stays, so a transformer trained on its latents stays valid. What an L1 loss leaves soft, the edges of what moves,
-is asked for by name: each crop's gradient energies, in space and in time, are to be those of the rendered clip. Crops
-are cut around the moving object. Runs on a CPU in hours.
+    python -m models.demo.video.refine_decoder --start DIR --out DIR --seconds 1500
+
+The encoder stays, so a transformer trained on its latents stays valid. What an L1 loss leaves soft, the edges of what
+moves, is asked for by name: each crop's gradient energies, in space and in time, are to be those of the rendered clip.
+Crops are cut around the moving object.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Recipe:
 
 
 def energy_gap(got: Tensor, want: Tensor) -> Tensor:
-    """How far the logarithms of each clip's gradient energies lie apart, in space and in time; [B, 3, T, H, W] float32."""
+    """How far apart the logarithms of each clip's gradient energies lie, over space and time; [B, 3, T, H, W]."""
     gap = torch.zeros((), device=got.device)
     for axis in (-1, -2, 2):
         a, b = (x.diff(dim=axis).square().mean(dim=(1, 2, 3, 4)) for x in (got, want))
@@ -73,7 +75,9 @@ def refine(recipe: Recipe, start: Path, seconds: float, out: Path, device: str) 
         z = torch.cat([q for _, q in pairs])
         shake = 0.1 * spread * (torch.arange(recipe.batch) % 2)[:, None, None, None, None]
         with half():
-            got = whole_clip.decode(vae, (z + shake * torch.randn_like(z)).contiguous(memory_format=torch.channels_last_3d))
+            got = whole_clip.decode(
+                vae, (z + shake * torch.randn_like(z)).contiguous(memory_format=torch.channels_last_3d)
+            )
         inner = (..., slice(BORDER, -BORDER), slice(BORDER, -BORDER))
         got, want = got.float()[inner], want[inner]
         pixels, gap = train_vae.losses(got, want), energy_gap(got, want)
