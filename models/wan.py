@@ -270,11 +270,7 @@ class Wan:
         half = torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
         around = torch.float32 if device == "cpu" and manifest.layers else half
         model = self.load(folder, device, {"transformer": around, "text_encoder": around, "default": half})
-        for block in model.network.blocks:
-            projections = [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
-            if all(isinstance(p, QuantLinear) for p in projections):
-                block.attn1.fused_qkv = fuse(projections)
-                del block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
+        fuse_projections(model.network)
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
         return model
@@ -306,10 +302,19 @@ class Wan:
             narrow(part)
         pipe.save_pretrained(folder)
         limits = VideoLimits(
-            size_multiple=16, max_pixels=64 * 96, max_side=96, max_frames=9, max_steps=50, max_prompt=200, width=48,
-            height=32, frames=5, fps=8, steps=3, guidance=2.0,
+            size_multiple=16, max_pixels=64 * 96, max_side=96, max_frames=9, max_steps=50, max_prompt=200, width=96,
+            height=64, frames=9, fps=8, steps=3, guidance=2.0,
         )  # fmt: skip
         write_serving(folder, Serving(limits, networks.MAX_TOKENS, calibration=PROMPTS[:1], judging=PROMPTS[1:2]))
+
+
+def fuse_projections(network: Any) -> None:
+    """Quantized q, k and v of each self-attention become one layer, so that their input is rounded once."""
+    for block in network.blocks:
+        projections = [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
+        if all(isinstance(p, QuantLinear) for p in projections):
+            block.attn1.fused_qkv = fuse(projections)
+            del block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
 
 
 def write_serving(folder: Path, serving: Serving) -> None:

@@ -5,7 +5,6 @@ Serving, the offline stage, the demo, the benchmarks: each command reads its opt
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -187,8 +186,11 @@ def bench(
 
 
 def _load(path: Path, device: str) -> Generator:
-    generator: Generator = importlib.import_module("models.load").load(path, device)  # by name: it brings torch
-    return generator
+    from models.load import load
+    from quant_runtime.kernels._cpu import keep_freed_memory
+
+    keep_freed_memory()
+    return load(path, device)
 
 
 def _settings(**given: Any) -> Settings:

@@ -107,13 +107,13 @@ def run(out: Path, artifacts: Path) -> None:
     ran: dict[str, Ran] = {}
     images = pictures.write(out / "views", VIEWS)
     sides = {side.name: one for one in (VIDEO, SCENE) for side in (one.full, one.compressed)}
-    with served(artifacts, out / "serve.log") as url, httpx.Client(base_url=url, timeout=60) as client:
-        console.print(f"the API answers at {url}; a worker takes the jobs from its queue")
+    with served(artifacts, out / "serve.log") as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        console.print(f"the API answers at {server.url}; a worker takes the jobs from its queue")
         with _bars(console) as progress:
             for name, comparison in sides.items():
                 job = _submitted(client, comparison.kind, name, images)
                 ran[name] = _finished(client, job, comparison, out / "jobs" / name, progress)
-        offered = {one["name"]: one for one in client.get("/artifacts").raise_for_status().json()["artifacts"]}
+        offered = {one["name"]: one for one in client.get("/artifacts").raise_for_status().json()}
 
     report = {one.kind: _compared(one, artifacts, ran, offered) for one in (VIDEO, SCENE)}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -142,19 +142,29 @@ def _environment() -> dict[str, str]:
     return clean | {"PYTHONPATH": root}
 
 
+@dataclass(frozen=True)
+class Served:
+    """A running `lowbit serve`."""
+
+    url: str
+    pid: int
+    data: Path
+
+
 @contextmanager
-def served(artifacts: Path, log: Path) -> Iterator[str]:
-    """The address of a `lowbit serve` that is ready, and that ends with the block. What it logs goes into `log`."""
+def served(artifacts: Path, log: Path, settings: dict[str, str] | None = None) -> Iterator[Served]:
+    """A `lowbit serve` that is ready, and that ends with the block. What it logs goes into `log`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="lowbit-demo-") as data, log.open("wb") as written:
         words = ("serve", "--port", str(port), "--data", data, "--artifacts", str(artifacts))
-        process = subprocess.Popen(_command(*words), env=_environment(), stdout=written, stderr=written)
+        environment = _environment() | (settings or {})
+        process = subprocess.Popen(_command(*words), env=environment, stdout=written, stderr=written)
         try:
             url = f"http://127.0.0.1:{port}"
             _ready(url, process, log)
-            yield url
+            yield Served(url, process.pid, Path(data))
         finally:
             process.terminate()
             try:
@@ -170,7 +180,7 @@ def _ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         if process.poll() is not None:
             raise ValueError(f"lowbit serve ended with {process.returncode}; see {log}")
         try:
-            offered = httpx.get(f"{url}/artifacts", timeout=5).raise_for_status().json()["artifacts"]
+            offered = httpx.get(f"{url}/artifacts", timeout=5).raise_for_status().json()
             if offered and all(one["workers"] for one in offered):
                 return
         except httpx.HTTPError:
@@ -195,7 +205,7 @@ def _finished(client: httpx.Client, job: str, comparison: Comparison, folder: Pa
     bar = progress.add_task(folder.name, total=None)
     ended: dict[str, Any] = {}
     with client.stream("GET", f"/jobs/{job}/events", timeout=None) as stream:
-        for event, data in _events(stream.iter_lines()):
+        for event, data in events(stream.iter_lines()):
             if event == "progress":
                 progress.update(bar, completed=data["step"], total=data["of"])
             if event == "done":
@@ -210,7 +220,7 @@ def _finished(client: httpx.Client, job: str, comparison: Comparison, folder: Pa
     return Ran(folder, json.loads((folder / "run.json").read_text()))
 
 
-def _events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Server-sent events, as far as this API uses them: an event has one line of data."""
     event = ""
     for line in lines:

@@ -20,6 +20,7 @@ from quant_runtime import artifact, fields
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import QuantFormat
+from quant_runtime.kernels._cpu import keep_freed_memory
 from quant_runtime.methods import METHODS
 from quant_runtime.sparsity import POLICIES
 
@@ -67,6 +68,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def quantize(source: str, made: Recipe, out: Path, device: str, replace: bool, console: Console) -> Manifest:
     """Compress with a bar a stage, and say what came of it."""
+    keep_freed_memory()
     folder = registry.checkpoint(source)
     family = registry.family_of(folder)
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
