@@ -1,4 +1,4 @@
-"""The main job as its users do it: `lowbit quantize`, `lowbit serve`, HTTP; and what is left of a job when a process dies."""
+"""The main job as its users do it, over the command line and HTTP; and what is left of a job when a process dies."""
 
 from __future__ import annotations
 

@@ -181,12 +181,12 @@ def test_a_damaged_file_is_refused_by_its_name(made, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ArtifactError, match="transformer/diffusion_pytorch_model.safetensors"):
+    with pytest.raises(ArtifactError, match=r"transformer/diffusion_pytorch_model\.safetensors"):
         load.load(damaged, "cpu")
 
 
 def test_an_artifact_that_is_there_is_kept_unless_it_is_to_be_replaced(made, checkpoint):
-    folder, manifest, recipe = made
+    folder, _, recipe = made
     with pytest.raises(FileExistsError, match=folder.name):
         compress.compress(Wan(), checkpoint, recipe, folder, base="tiny", device="cpu", on_progress=print)
     assert load.load(folder, "cpu").limits() == Serving.read(checkpoint).limits
