@@ -1,0 +1,367 @@
+"""The artifact: a folder of safetensors and configs that diffusers opens, and a manifest that vouches for every file.
+
+An artifact is written aside and renamed when it is whole, so that nothing half-written ever stands under its name.
+Reading refuses what it does not know: another version, an unknown field, a file too many, too few or changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final, Literal
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, ValidationError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quant_runtime import __version__, fields
+from quant_runtime.attention import AttentionPlan, Density
+from quant_runtime.convert import LayerReport, prepare
+from quant_runtime.formats import QuantFormat
+from quant_runtime.linear import LinearSpec
+from quant_runtime.methods import METHODS, Method
+from quant_runtime.sparsity import POLICIES
+
+VERSION: Final = 1
+MANIFEST = "manifest.json"
+SHARD_BYTES = 4 << 30
+
+
+class ArtifactError(ValueError):
+    """An artifact that cannot be used as it lies there; the message names the file or the field."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name or name == MANIFEST:
+        raise ValueError(f"{name!r} is no path of a file inside the artifact")
+    return name
+
+
+def _format(text: str) -> str:
+    return str(QuantFormat.parse(text))
+
+
+class SpecRecord(_Strict):
+    """What is needed to make an empty QuantLinear; the `layers` of a config's quantization_config."""
+
+    format: Annotated[str, AfterValidator(_format)]
+    scaled: bool = False
+    rotation: int = 0
+
+    @classmethod
+    def of(cls, spec: LinearSpec) -> SpecRecord:
+        return cls(format=str(spec.format), scaled=spec.scaled, rotation=spec.rotation)
+
+    def spec(self) -> LinearSpec:
+        return LinearSpec(QuantFormat.parse(self.format), self.scaled, self.rotation)
+
+
+class LayerRecord(SpecRecord):
+    """One quantized layer. SQNRs in dB, of the weights and of the answers to calibration inputs; None where nothing was
+    lost."""
+
+    in_features: int
+    out_features: int
+    bias: bool
+    bytes: int
+    weight_sqnr: float | None
+    output_sqnr: float | None
+
+
+class Named(_Strict):
+    """A row of METHODS or POLICIES, with its fields."""
+
+    name: str
+    fields: dict[str, JsonValue] = {}
+
+    @classmethod
+    def of(cls, table: Mapping[str, type[Any]], value: Any) -> Named:
+        (name,) = [name for name, kind in table.items() if type(value) is kind]
+        return cls(name=name, fields=json.loads(json.dumps(dataclasses.asdict(value))))
+
+
+class AttentionRecord(_Strict):
+    """How self-attention runs, and the density that was measured when the artifact was made."""
+
+    policy: Named
+    warmup: float
+    dense_layers: tuple[int, ...]
+    qk_bits: Literal[8, 16]
+    dense_qk_bits: Literal[8, 16]
+    sparse_density: float | None = None
+    effective_density: float | None = None
+
+    @classmethod
+    def of(cls, plan: AttentionPlan, density: Density | None = None) -> AttentionRecord:
+        return cls(
+            policy=Named.of(POLICIES, plan.policy),
+            warmup=plan.warmup,
+            dense_layers=plan.dense_layers,
+            qk_bits=plan.qk_bits,
+            dense_qk_bits=plan.dense_qk_bits,
+            sparse_density=density.sparse if density else None,
+            effective_density=density.effective if density else None,
+        )
+
+    def plan(self) -> AttentionPlan:
+        """Refuses a policy or a field that this version does not know."""
+        try:
+            policy = fields.build(POLICIES, self.policy.name, self.policy.fields)
+        except ValueError as error:
+            raise ArtifactError(f"{MANIFEST}: attention.policy: {error}") from None
+        return AttentionPlan(policy, self.warmup, self.dense_layers, self.qk_bits, self.dense_qk_bits)
+
+
+class Base(_Strict):
+    """The checkpoint that was compressed."""
+
+    name: str
+    revision: str | None = None
+
+
+class FileRecord(_Strict):
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Strict):
+    version: Literal[1] = VERSION
+    runtime: str = f"quant_runtime {__version__}"  # whose kernels it was made and measured with
+    family: str
+    base: Base
+    method: Named
+    layers: dict[str, LayerRecord]
+    calibration: str | None = None  # SHA-256 of what the layers were fed (calibrate.fingerprint)
+    attention: AttentionRecord | None = None
+    quality: dict[str, JsonValue] = {}  # what was measured against full precision, by name
+    serving: dict[str, JsonValue] = {}  # the family's own: what its generator needs to know
+    files: dict[Annotated[str, AfterValidator(_inside)], FileRecord] = {}  # filled in by save
+
+    def specs(self) -> dict[str, LinearSpec]:
+        return {name: layer.spec() for name, layer in self.layers.items()}
+
+
+def layer_records(reports: Mapping[str, LayerReport]) -> dict[str, LayerRecord]:
+    """What convert reported, as the manifest writes it."""
+    return {
+        name: LayerRecord(
+            **SpecRecord.of(report.spec).model_dump(),
+            in_features=report.in_features,
+            out_features=report.out_features,
+            bias=report.bias,
+            bytes=report.stored_bytes,
+            weight_sqnr=_finite(report.weight_sqnr),
+            output_sqnr=_finite(report.output_sqnr),
+        )
+        for name, report in reports.items()
+    }
+
+
+def method_record(method: Method) -> Named:
+    return Named.of(METHODS, method)
+
+
+def quantization_config(specs: Mapping[str, LinearSpec]) -> dict[str, Any]:
+    """The `quantization_config` of a config.json: what quant_runtime.diffusers reads to open the folder."""
+    layers = {name: SpecRecord.of(spec).model_dump() for name, spec in specs.items()}
+    return {"quant_method": "lowbit", "version": VERSION, "layers": layers}
+
+
+def _finite(decibels: float) -> float | None:
+    return round(decibels, 3) if math.isfinite(decibels) else None
+
+
+def save(folder: Path, manifest: Manifest, write: Callable[[Path], None], *, replace: bool = False) -> Manifest:
+    """Makes the artifact `folder`: `write(aside)` writes all its files but the manifest, then they are hashed and
+    renamed.
+
+    Returns the manifest with its files. Refuses a folder that exists, unless `replace`. If `write` raises, or the
+    machine stops, nothing stands under the folder's name but what stood there before.
+    """
+    folder = Path(folder)
+    if folder.exists() and not replace:
+        raise FileExistsError(f"{folder} exists: choose another name, or say that it is to be replaced")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    aside = folder.parent / f".{folder.name}.partial-{mark}"
+    aside.mkdir()
+    try:
+        write(aside)
+        files = {name: _record(aside / name) for name in _files(aside)}
+        whole = manifest.model_copy(update={"files": files})
+        Manifest.model_validate(whole.model_dump())
+        (aside / MANIFEST).write_text(whole.model_dump_json(indent=1) + "\n")
+        _sync(aside)
+        if folder.exists():
+            old = folder.parent / f".{folder.name}.replaced-{mark}"
+            folder.rename(old)
+            try:
+                aside.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
+            shutil.rmtree(old)
+        else:
+            aside.rename(folder)
+        _sync_one(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return whole
+
+
+def write_weights(model: nn.Module, folder: Path, name: str = "model", shard_bytes: int = SHARD_BYTES) -> None:
+    """The model's state in safetensors: NAME.safetensors, or NAME-00001-of-00003.safetensors and so on with their
+    index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = shard_bytes
+    for key, tensor in model.state_dict().items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][key] = tensor.detach().cpu().contiguous()
+        room -= size
+    if len(shards) == 1:
+        save_file(shards[0], folder / f"{name}.safetensors", metadata={"format": "pt"})
+        return
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{name}-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    total = sum(t.numel() * t.element_size() for shard in shards for t in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The files under `source` (a file, or a folder with all that lies in it) at `target`: hard links where the file
+    system has them."""
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        for inner in sorted(source.iterdir()):
+            link_or_copy(inner, target / inner.name)
+        return
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact, checked field by field. ArtifactError says which field is wrong."""
+    path = Path(folder) / MANIFEST
+    try:
+        given = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON: {error}") from None
+    if not isinstance(given, dict) or given.get("version") != VERSION:
+        found = given.get("version") if isinstance(given, dict) else None
+        raise ArtifactError(f"{path}: version {found!r}; this program reads version {VERSION}")
+    try:
+        return Manifest.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{path}: {where}: {first['msg']} ({error.error_count()} in all)") from None
+
+
+def verify(folder: Path, manifest: Manifest | None = None) -> Manifest:
+    """Every file is there, no other is, and each has the bytes that the manifest vouches for; else an ArtifactError by
+    name."""
+    folder = Path(folder)
+    manifest = manifest or read_manifest(folder)
+    found = set(_files(folder)) - {MANIFEST}
+    missing, extra = sorted(manifest.files.keys() - found), sorted(found - manifest.files.keys())
+    if missing or extra:
+        raise ArtifactError(f"{folder}: missing files: {missing or 'none'}; files of no artifact: {extra or 'none'}")
+    for name, record in manifest.files.items():
+        if (folder / name).stat().st_size != record.bytes or _record(folder / name) != record:
+            raise ArtifactError(f"{folder}: {name} is damaged: it is not the file that was saved")
+    return manifest
+
+
+def load_into(model: nn.Module, folder: Path, *, component: str = "", check: bool = True) -> Manifest:
+    """Turns a float model into the artifact's: planned layers become QuantLinears, then every tensor is loaded,
+    strictly.
+
+    `component` is the folder inside the artifact that holds the weights. The tensors keep the dtypes they were saved
+    in, and lie on the CPU; the model may be on the meta device. `check=False` leaves out the hashes, for a folder that
+    was verified before.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if check:
+        verify(folder, manifest)
+    prepare(model, manifest.specs())
+    state: dict[str, Tensor] = {}
+    for name in manifest.files:
+        path = PurePosixPath(name)
+        if path.suffix == ".safetensors" and path.parent == PurePosixPath(component):
+            with safe_open(folder / name, framework="pt") as shard:
+                state |= {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 it is no mapping
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        raise ArtifactError(
+            f"{folder}: tensors missing: {missing[:5] or 'none'}; tensors of no layer: {extra[:5] or 'none'}"
+        )
+    for key, own in expected.items():
+        same_kind = (state[key].is_floating_point() and own.is_floating_point()) or state[key].dtype == own.dtype
+        if state[key].shape != own.shape or not same_kind:
+            got, want = state[key], own
+            raise ArtifactError(
+                f"{folder}: {key} is {got.dtype} {list(got.shape)}; the network has {want.dtype} {list(want.shape)}"
+            )
+    with torch.no_grad():
+        model.load_state_dict(state, strict=True, assign=True)
+    model.requires_grad_(False)
+    return manifest
+
+
+def _files(folder: Path) -> list[str]:
+    names = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise ArtifactError(f"{folder}: {name} is a symbolic link: an artifact holds its files itself")
+        if path.is_file():
+            names.append(name)
+    return names
+
+
+def _record(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(bytes=path.stat().st_size, sha256=digest)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync_one(path)
+    _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,151 @@
+"""The one call that a family's attention processors make: dense or sparse, by the plan, the layer and the step."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant_runtime.kernels._cpu import cpu_has_bfloat16, cpu_int8_path
+from quant_runtime.kernels.attention_blocks import attention_blocks
+from quant_runtime.kernels.quantize_heads import key_center, quantize_heads
+from quant_runtime.sparsity.base import LAYOUTS, AttentionCall, Blocks, Policy, TokenLayout, every_block
+from quant_runtime.sparsity.dense import Dense
+
+QkBits = Literal[8, 16]
+DENSE_BLOCK = 64  # the block of dense attention in int8
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How a model's self-attention runs. q and k have 16 bits, as they come, or 8: keys centred, then rounded."""
+
+    policy: Policy = field(default_factory=Dense)
+    warmup: float = 0.0  # the fraction of steps, from the first, that run dense
+    dense_layers: tuple[int, ...] = ()  # that run dense in every step
+    qk_bits: QkBits = 8  # of sparse calls
+    dense_qk_bits: QkBits = 16  # of dense calls; 16 is torch's own scaled_dot_product_attention
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is a fraction of the steps, 0 to 1; got {self.warmup}")
+        if self.qk_bits not in (8, 16) or self.dense_qk_bits not in (8, 16):
+            raise ValueError(f"q and k have 8 or 16 bits; got qk_bits={self.qk_bits}, {self.dense_qk_bits=}")
+
+    def is_dense(self, call: AttentionCall) -> bool:
+        return call.step < round(self.warmup * call.steps) or call.layer in self.dense_layers
+
+
+@dataclass(frozen=True)
+class Density:
+    """The kept fraction of key blocks, always-kept tokens included; 1 is dense."""
+
+    effective: float  # mean over all steps, dense ones included
+    sparse: float | None  # mean over the calls that were not dense; None if all were
+
+
+class AttentionState:
+    """What the attention calls of one loaded model share: its plan, the step it is at, and what was kept so far.
+
+    A generator calls `start` before its first step and `at` before every step. Not thread-safe, like the generator it
+    belongs to.
+    """
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        self.plan = plan
+        self.start(steps=1)
+
+    def start(self, steps: int) -> None:
+        """A new generation of this many steps: the record begins anew, at step 0."""
+        if steps < 1:
+            raise ValueError(f"a generation has at least one step; got {steps}")
+        self.steps, self.step = steps, 0
+        self._kept: dict[int, list[Tensor]] = {}  # step → the density of each call, on the device until asked for
+        self._sparse: list[Tensor] = []
+
+    def at(self, step: int) -> None:
+        if not 0 <= step < self.steps:
+            raise ValueError(f"this generation has steps 0 to {self.steps - 1}; got {step}")
+        self.step = step
+
+    def record(self, blocks: Blocks | None) -> None:
+        density = torch.ones(()) if blocks is None else blocks.density()
+        self._kept.setdefault(self.step, []).append(density)
+        if blocks is not None:
+            self._sparse.append(density)
+
+    def density(self) -> Density:
+        """Of the calls since `start`. Refused before the first of them."""
+        if not self._kept:
+            raise ValueError("no attention call has been made since the generation started")
+        steps = [_mean(calls) for calls in self._kept.values()]
+        return Density(sum(steps) / len(steps), _mean(self._sparse) if self._sparse else None)
+
+
+def _mean(densities: list[Tensor]) -> float:
+    return float(torch.stack([density.cpu().double() for density in densities]).mean())
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, state: AttentionState) -> Tensor:
+    """Self-attention of q, k and v, float [B, H, N, D], as the plan has it for this layer and this step.
+
+    The answer is [B, H, N, D] in v's dtype; in memory [B, N, H, D] where the call was sparse. Refuses N other than the
+    layout's. For int8 q and k, float32 values go as bfloat16 where this device multiplies that faster.
+    """
+    if q.shape[2] != layout.tokens or k.shape[2] != layout.tokens:
+        raise ValueError(f"{layout} has {layout.tokens} tokens; got q and k with {q.shape[2]} and {k.shape[2]}")
+    call, plan = AttentionCall(layer, state.step, state.steps, layout), state.plan
+    order = None
+    blocks = None
+    if not plan.is_dense(call):
+        order = _order(plan.policy, layout, q.device)
+        if order is not None:
+            q, k, v = (x.index_select(2, order) for x in (q, k, v))
+        blocks = plan.policy.blocks(q, k, call)
+    state.record(blocks)
+
+    if blocks is None and plan.dense_qk_bits == 16:
+        out = F.scaled_dot_product_attention(q, k, v)
+    elif blocks is None:
+        out = _over_blocks(q, k, v, every_block(q, k, DENSE_BLOCK), plan.dense_qk_bits)
+    else:
+        out = _over_blocks(q, k, v, blocks, plan.qk_bits)
+    return out if order is None else torch.empty_like(out).index_copy_(2, order, out)
+
+
+@functools.lru_cache(maxsize=LAYOUTS)
+def _order(policy: Policy, layout: TokenLayout, device: torch.device) -> Tensor | None:
+    order = policy.order(layout)
+    return None if order is None else order.to(device)
+
+
+def _over_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, qk_bits: QkBits) -> Tensor:
+    lists = (blocks.kept, blocks.counts, blocks.block_q, blocks.block_k)
+    if qk_bits == 16:
+        return attention_blocks(q, k, v, *lists)
+    whole_q, q_scale = quantize_heads(q)
+    whole_k, k_scale = quantize_heads(k, key_center(k))
+    values = v.to(_value_dtype(v))
+    return attention_blocks(whole_q, whole_k, values, *lists, q_scale, k_scale).to(v.dtype)
+
+
+def _value_dtype(v: Tensor) -> torch.dtype:
+    """float32 values take the 16-bit matrix units where there are some; 16-bit values stay what they are."""
+    wide = v.dtype == torch.float32
+    return torch.bfloat16 if wide and (v.device.type != "cpu" or cpu_has_bfloat16()) else v.dtype
+
+
+def describe_paths(device: torch.device | str) -> dict[str, str]:
+    """Which arithmetic runs on this device, in words, for logs, reports and /artifacts."""
+    if torch.device(device).type != "cpu":
+        return {"linear": "int8, Triton", "attention": "int8 QK and 16-bit PV, Triton; 16-bit dense, torch"}
+    products = {
+        "onednn": "int8, oneDNN",
+        "float32": "int8 as float32 products: this CPU's int8 matmul is not exact",
+    }[cpu_int8_path()]
+    values = "bfloat16 PV" if cpu_has_bfloat16() else "float32 PV: this CPU does not multiply bfloat16 itself"
+    return {"linear": products, "attention": f"QK {products}; {values}; 16-bit dense, torch"}

@@ -1,0 +1,352 @@
+"""Attention over kept blocks: each block of queries sees only the blocks of keys on its list.
+
+q  [B, H, N, D], k  [B, H, M, D], v  [B, H, M, D]: float32, bfloat16 or float16, or q and k as int8 with their scales
+kept   int32 [B, H, ceil(N / block_q), L]: numbers of key blocks, ascending; the first counts[...] of each list are read
+counts int32 [B, H, ceil(N / block_q)]: a row of blocks with count 0 answers zero
+q_scale  float32 [B, H, N] or [B, H, ceil(N / block_q)], k_scale  float32 [B, H, M] or [B, H, ceil(M / block_k)]: one a
+         token or one a block, as quantize_heads finds them; both None for float q and k
+out  v's dtype, [B, H, N, D], laid out in memory as [B, N, H, D]: heads merge without a copy
+
+scores = softmax_scale * q @ k.T (int8: exact sums, times both scales), softmax over the kept keys in float32, then
+times v in v's dtype with float32 sums. softmax_scale is 1 / sqrt(D) unless given. With all blocks kept it is dense
+attention. The last block may be ragged. block_q and block_k are powers of two, 16 to 128.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quant_runtime.kernels._cpu import CHUNK_ELEMENTS, cpu_int8_path, int_matmul, scratch
+from quant_runtime.kernels._triton import jit, tl, triton
+
+BLOCKS = (16, 32, 64, 128)
+LARGEST_D = 256
+LOG2E = math.log2(math.e)
+
+
+def attention_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int = 64,
+    block_k: int = 64,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    _check_operands(q, k, v, q_scale, k_scale, block_q, block_k)
+    rows = (*q.shape[:2], -(-q.shape[2] // block_q))
+    if kept.dim() != 4 or kept.shape[:3] != rows or counts.shape != rows:
+        found = f"{list(kept.shape)} and {list(counts.shape)}"
+        raise ValueError(f"attention_blocks takes kept {[*rows, 'L']} and counts {list(rows)}; got {found}")
+    if kept.dtype != torch.int32 or counts.dtype != torch.int32:
+        raise ValueError(f"attention_blocks takes kept and counts as int32; got {kept.dtype} and {counts.dtype}")
+    scale = softmax_scale if softmax_scale is not None else q.shape[3] ** -0.5
+    out: Tensor = _op(q, k, v, kept, counts, block_q, block_k, q_scale, k_scale, scale)
+    return out
+
+
+def _check_operands(
+    q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor | None, k_scale: Tensor | None, block_q: int, block_k: int
+) -> None:
+    shapes = [list(t.shape) for t in (q, k, v)]
+    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention_blocks takes q [B, H, N, D], k and v [B, H, M, D]; got {shapes}")
+    if block_q not in BLOCKS or block_k not in BLOCKS or q.shape[3] > LARGEST_D:
+        sizes = f"block_q={block_q}, block_k={block_k}, D={q.shape[3]}"
+        raise ValueError(f"attention_blocks has blocks of 16, 32, 64 or 128 and D up to {LARGEST_D}; got {sizes}")
+    quantized = q.dtype == torch.int8
+    if not v.is_floating_point() or q.dtype != k.dtype or not (quantized or q.is_floating_point()):
+        found = f"{q.dtype}, {k.dtype}, {v.dtype}"
+        raise ValueError(f"attention_blocks takes q and k both float or both int8, and v float; got {found}")
+    if quantized != (q_scale is not None) or quantized != (k_scale is not None):
+        raise ValueError(f"attention_blocks takes q_scale and k_scale with int8 q and k, and only then; q is {q.dtype}")
+    for name, scale, of, block in (("q_scale", q_scale, q, block_q), ("k_scale", k_scale, k, block_k)):
+        shapes = [[*of.shape[:2], of.shape[2]], [*of.shape[:2], -(-of.shape[2] // block)]]
+        if scale is not None and (list(scale.shape) not in shapes or scale.dtype != torch.float32):
+            raise ValueError(f"{name} is float32 {shapes[0]} or {shapes[1]}; got {scale.dtype} {list(scale.shape)}")
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    scores = q.double() @ k.double().mT * softmax_scale
+    if q_scale is not None and k_scale is not None:
+        scores = scores * _per_token(q_scale, q.shape[2], block_q)[..., :, None]
+        scores = scores * _per_token(k_scale, k.shape[2], block_k)[..., None, :]
+    seen = key_mask(kept, counts, -(-k.shape[2] // block_k))
+    seen = seen.repeat_interleave(block_q, dim=2)[:, :, : q.shape[2]]
+    seen = seen.repeat_interleave(block_k, dim=3)[..., : k.shape[2]]
+    probabilities = scores.masked_fill(~seen, -math.inf).softmax(dim=-1).masked_fill(~seen, 0.0)
+    return _answer(q, v).copy_(probabilities @ v.double())
+
+
+def key_mask(kept: Tensor, counts: Tensor, blocks: int) -> Tensor:
+    """The lists as a mask: bool [B, H, rows, blocks], true where a row of blocks sees a key block."""
+    listed = torch.arange(kept.shape[3], device=kept.device) < counts[..., None]
+    mask = torch.zeros(*kept.shape[:3], blocks + 1, dtype=torch.bool, device=kept.device)
+    return mask.scatter_(3, torch.where(listed, kept, blocks).long(), True)[..., :blocks]
+
+
+def _per_token(scale: Tensor, tokens: int, block: int) -> Tensor:
+    return scale if scale.shape[2] == tokens else scale.repeat_interleave(block, dim=2)[:, :, :tokens]
+
+
+def _answer(q: Tensor, v: Tensor) -> Tensor:
+    batch, heads, tokens, size = q.shape
+    return torch.empty(batch, tokens, heads, size, dtype=v.dtype, device=v.device).transpose(1, 2)
+
+
+def on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    (batch, heads, tokens, _), out = q.shape, _answer(q, v)
+    row_scale = torch.full((batch, heads, tokens), softmax_scale * LOG2E)
+    if q_scale is not None:
+        row_scale *= _per_token(q_scale, tokens, block_q)
+    key_scale = None if k_scale is None else _per_token(k_scale, k.shape[2], block_k)
+    for b in range(batch):
+        for h in range(heads):
+            scales = row_scale[b, h, :, None], None if key_scale is None else key_scale[b, h, :, None]
+            answer = _one_head(q[b, h], k[b, h], v[b, h], kept[b, h], counts[b, h], block_q, block_k, *scales)
+            out[b, h].copy_(answer[:tokens])
+    return out
+
+
+def _one_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    row_scale: Tensor,
+    key_scale: Tensor | None,
+) -> Tensor:
+    """float32 [ceil(N / block_q) * block_q, D], in scratch. Rows of blocks that see equally many keys go together."""
+    keys_total, size = k.shape
+    whole = q.dtype == torch.int8 and cpu_int8_path() == "onednn"
+    operand = torch.int8 if whole else torch.float32  # D <= 256: float32 counts int8 products exactly
+    value = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32  # float16 has no matmul of its own on a CPU
+    queries, row_scales = _blocks(q, block_q, operand, "q"), _blocks(row_scale, block_q, torch.float32, "q_scale")
+    seen = [_blocks(k, block_k, operand, "k"), _blocks(v, block_k, value, "v")]
+    if key_scale is not None:
+        seen.append(_blocks(key_scale, block_k, torch.float32, "k_scale"))
+    answer = scratch("answer", (queries.shape[0], block_q, size), torch.float32).zero_()
+
+    for length, rows in _rows_by_length(kept, counts, keys_total, block_k).items():
+        for chunk in rows.split(max(1, CHUNK_ELEMENTS // (block_q * length))):
+            if length == keys_total:  # all keys, in place: one matmul serves all these rows
+                groups, shown = 1, [x.view(1, -1, x.shape[2]) for x in seen]
+            else:
+                groups, lists = len(chunk), kept[chunk, : -(-length // block_k)].flatten()
+                shown = [_gather(x, lists, groups, f"seen {number}") for number, x in enumerate(seen)]
+            my_keys, my_values, *my_key_scales = (x[:, :length] for x in shown)
+
+            scores = _products(_gather(queries, chunk, groups, "queries"), my_keys)
+            for scale in my_key_scales:
+                scores.mul_(scale.mT)
+            scores.mul_(_gather(row_scales, chunk, groups, "row scales"))
+            scores.sub_(scores.amax(dim=2, keepdim=True)).exp2_()
+            total = scores.sum(dim=2, keepdim=True)
+            if value != torch.float32:
+                scores = scratch("scores", tuple(scores.shape), value).copy_(scores)
+            found = torch.bmm(scores, my_values, out=scratch("found", (*scores.shape[:2], size), value))
+            answer.index_copy_(0, chunk, (found / total).view(len(chunk), block_q, size))
+    return answer.flatten(0, 1)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """q @ k.mT of [G, n, D] and [G, m, D], both int8 or both float32: float32 [G, n, m], in scratch."""
+    shape = (q.shape[0], q.shape[1], k.shape[1])
+    products = scratch("scores", shape, torch.float32)
+    if q.dtype == torch.float32:
+        return torch.bmm(q, k.mT, out=products)
+    sums = scratch("scores", shape, torch.int32)
+    for one, other, into in zip(q.unbind(), k.unbind(), sums.unbind(), strict=True):
+        int_matmul(one, other, into)
+    return products.copy_(sums)
+
+
+def _blocks(x: Tensor, block: int, dtype: torch.dtype, slot: str) -> Tensor:
+    """[N, C] as [ceil(N / block), block, C] in scratch, zeros at the end."""
+    blocks = scratch(slot, (-(-x.shape[0] // block), block, x.shape[1]), dtype)
+    flat = blocks.view(-1, x.shape[1])
+    flat[: x.shape[0]].copy_(x)
+    flat[x.shape[0] :].zero_()
+    return blocks
+
+
+def _gather(blocks: Tensor, index: Tensor, groups: int, slot: str) -> Tensor:
+    """The blocks of `index`, [groups, tokens of a group, C], in scratch."""
+    chosen = scratch(slot, (len(index), *blocks.shape[1:]), blocks.dtype)
+    return torch.index_select(blocks, 0, index, out=chosen).view(groups, -1, blocks.shape[2])
+
+
+def _rows_by_length(kept: Tensor, counts: Tensor, keys: int, block_k: int) -> dict[int, Tensor]:
+    """How many keys a row of blocks sees → the rows that see so many. A ragged last block, if listed, stands last."""
+    blocks = -(-keys // block_k)
+    last_kept = kept.gather(1, (counts[:, None].long() - 1).clamp(min=0))[:, 0]
+    lengths = counts * block_k - (last_kept == blocks - 1) * (blocks * block_k - keys)
+    groups = {}
+    for length in lengths[counts > 0].unique().tolist():
+        groups[length] = ((lengths == length) & (counts > 0)).nonzero()[:, 0]
+    return groups
+
+
+@jit
+def _kernel(
+    q,
+    k,
+    v,
+    kept,
+    counts,
+    q_scale,
+    k_scale,
+    out,
+    H,
+    N,
+    M,
+    ROWS,
+    softmax_scale,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_n,
+    v_b,
+    v_h,
+    v_n,
+    list_b,
+    list_h,
+    list_r,
+    QS: tl.constexpr,
+    KS: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """QS and KS: 0 for float operands, else how many tokens share a scale."""
+    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = head // H, head % H
+    n, d = row * BQ + tl.arange(0, BQ), tl.arange(0, DP)
+    n64, in_d = n.to(tl.int64), d < D
+
+    my_q = tl.load(q + b * q_b + h * q_h + n64[:, None] * q_n + d[None, :], mask=(n < N)[:, None] & in_d, other=0)
+    row_scale = tl.full((BQ,), 1.0, tl.float32) * softmax_scale
+    if QS > 0:
+        row_scale *= tl.load(q_scale + head * tl.cdiv(N, QS) + n // QS, mask=n < N, other=0.0)
+
+    k_head, v_head = k + b * k_b + h * k_h, v + b * v_b + h * v_h
+    list_ = kept + b * list_b + h * list_h + row.to(tl.int64) * list_r
+    count = tl.load(counts + head * ROWS + row)
+    most, total = tl.full((BQ,), float("-inf"), tl.float32), tl.zeros((BQ,), tl.float32)
+    found = tl.zeros((BQ, DP), tl.float32)
+    for index in range(count):
+        m = tl.load(list_ + index) * BK + tl.arange(0, BK)
+        m64, in_m = m.to(tl.int64), m < M
+        keys = tl.load(k_head + m64[None, :] * k_n + d[:, None], mask=in_m[None, :] & in_d[:, None], other=0)
+        if QS > 0:
+            scores = tl.dot(my_q, keys, out_dtype=tl.int32).to(tl.float32)
+        else:
+            scores = tl.dot(my_q, keys, input_precision="ieee")
+        if KS > 0:
+            scores *= tl.load(k_scale + head * tl.cdiv(M, KS) + m // KS, mask=in_m, other=0.0)[None, :]
+        scores = tl.where(in_m[None, :], scores * row_scale[:, None], float("-inf"))
+
+        higher = tl.maximum(most, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - higher[:, None])
+        fade = tl.exp2(most - higher)
+        total = total * fade + tl.sum(weights, axis=1)
+        values = tl.load(v_head + m64[:, None] * v_n + d[None, :], mask=in_m[:, None] & in_d, other=0.0)
+        found = found * fade[:, None]
+        found += tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        most = higher
+
+    found /= tl.where(count > 0, total, 1.0)[:, None]
+    at = out + ((b * N + n64[:, None]) * H + h) * D + d[None, :]
+    tl.store(at, found.to(out.dtype.element_ty), mask=(n < N)[:, None] & in_d)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    (batch, heads, tokens, size), keys, out = q.shape, k.shape[2], _answer(q, v)
+    q, k, v, kept = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v, kept))
+    rows = triton.cdiv(tokens, block_q)
+    _kernel[(rows, batch * heads)](
+        q,
+        k,
+        v,
+        kept,
+        counts.contiguous(),
+        None if q_scale is None else q_scale.contiguous(),
+        None if k_scale is None else k_scale.contiguous(),
+        out,
+        heads,
+        tokens,
+        keys,
+        rows,
+        softmax_scale * LOG2E,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *kept.stride()[:3],
+        QS=_sharing(q_scale, tokens, block_q),
+        KS=_sharing(k_scale, keys, block_k),
+        BQ=block_q,
+        BK=block_k,
+        D=size,
+        DP=max(16, triton.next_power_of_2(size)),
+        num_warps=8 if block_q == 128 else 4,
+    )
+    return out
+
+
+def _sharing(scale: Tensor | None, tokens: int, block: int) -> int:
+    return 0 if scale is None else 1 if scale.shape[2] == tokens else block
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
+    return _answer(q, v)
+
+
+_op = torch.library.custom_op("quant_runtime::attention_blocks", reference, mutates_args=())
+_op.register_kernel("cpu", on_cpu)
+_op.register_kernel("cuda", launch)
+_op.register_fake(_fake)

@@ -1,0 +1,181 @@
+"""Which key blocks each block of queries keeps: the highest scores of mean query against mean key, as lists for
+attention_blocks.
+
+q  [B, H, N, D], k  [B, H, M, D]: float32, bfloat16 or float16
+keep    how many key blocks a row keeps, forced ones included
+forced  bool [ceil(M / block_k)] or None: key blocks that rank before all others; no more of them than `keep`
+whole   bool [ceil(N / block_q)] or None: rows that keep every key block
+kept    int32 [B, H, ceil(N / block_q), L], ascending       counts  int32 [B, H, ceil(N / block_q)]
+
+L is the number of key blocks where `whole` is given, else keep, and every count is keep. All on the device: no value is
+read back. Means are over the tokens that a ragged last block has; of equal scores the earlier block is kept; a NaN is
+the lowest score. This is the pooled-score choice of SpargeAttn (arXiv:2502.18137) with a fixed count in place of its
+cumulative threshold, and without its guard on blocks of dissimilar tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quant_runtime.kernels._triton import jit, tl, triton
+
+
+def block_map(
+    q: Tensor,
+    k: Tensor,
+    keep: int,
+    block_q: int = 64,
+    block_k: int = 64,
+    forced: Tensor | None = None,
+    whole: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(kept, counts). Refuses keep < 1, and masks that do not have one entry a block."""
+    shapes = [list(t.shape) for t in (q, k)]
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"block_map takes q [B, H, N, D] and k [B, H, M, D]; got {shapes}")
+    if keep < 1 or min(block_q, block_k) < 1:
+        raise ValueError(f"block_map keeps at least 1 block of at least 1 token; got keep={keep}, {block_q}, {block_k}")
+    for name, mask, tokens, block in (("forced", forced, k.shape[2], block_k), ("whole", whole, q.shape[2], block_q)):
+        blocks = -(-tokens // block)
+        if mask is not None and (mask.shape != (blocks,) or mask.dtype != torch.bool):
+            raise ValueError(f"block_map: {name} is bool [{blocks}]; got {mask.dtype} {list(mask.shape)}")
+    blocks = -(-k.shape[2] // block_k)
+    kept, counts = _op(q, k, min(keep, blocks), block_q, block_k, forced, whole)
+    return kept, counts
+
+
+def reference(
+    q: Tensor, k: Tensor, keep: int, block_q: int, block_k: int, forced: Tensor | None, whole: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores = (_pooled(q, block_q) @ _pooled(k, block_k).mT).nan_to_num(nan=-math.inf)
+    blocks = scores.shape[3]
+    if forced is not None:
+        scores = scores.masked_fill(forced, math.inf)
+    best = scores.sort(dim=3, descending=True, stable=True).indices[..., :keep].sort(dim=3).values
+    counts = torch.full(best.shape[:3], keep, dtype=torch.int32, device=q.device)
+    if whole is not None:
+        counts.masked_fill_(whole, blocks)
+        every = torch.arange(blocks, device=q.device)
+        best = torch.where(whole[:, None], every, pad(best, (0, blocks - keep)))
+    return best.to(torch.int32), counts
+
+
+def _pooled(x: Tensor, block: int) -> Tensor:
+    """float32 [B, H, ceil(N / block), D]: the mean of each block's tokens."""
+    tokens = x.shape[2]
+    blocks = -(-tokens // block)
+    whole = x[:, :, : tokens - tokens % block].unflatten(2, (-1, block)) if tokens >= block else x[:, :, :0, None]
+    means = whole.mean(dim=3, dtype=torch.float32)
+    if whole.shape[2] < blocks:
+        rest = x[:, :, tokens - tokens % block :].mean(dim=2, keepdim=True, dtype=torch.float32)
+        means = torch.cat([means, rest], dim=2)
+    return means
+
+
+@jit
+def _pool(x, means, H, N, BLOCKS, stride_b, stride_h, stride_n, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n, d = block * BN + tl.arange(0, BN), tl.arange(0, DP)
+    x_head = x + head // H * stride_b + head % H * stride_h
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    tokens = tl.load(x_head + n.to(tl.int64)[:, None] * stride_n + d[None, :], mask=inside, other=0.0)
+    mean = tl.sum(tokens.to(tl.float32), axis=0) / tl.minimum(N - block * BN, BN)
+    tl.store(means + (head * BLOCKS + block) * D + d, mean, mask=d < D)
+
+
+@jit
+def _select(
+    scores,
+    forced,
+    whole,
+    kept,
+    counts,
+    keep,
+    BLOCKS,
+    ROWS,
+    LISTED,
+    FORCED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """One row: the keep-th highest score by bisection over its 32 bits, then the chosen blocks in order."""
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BP)
+    score = tl.load(scores + row * BLOCKS + i, mask=i < BLOCKS, other=0.0) + 0.0  # -0.0 becomes 0.0
+    score = tl.where(score == score, score, float("-inf"))
+    if FORCED:
+        score = tl.where(tl.load(forced + i, mask=i < BLOCKS, other=0) != 0, float("inf"), score)
+    bits = score.to(tl.int32, bitcast=True)
+    rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648  # whole numbers that order as the floats do
+    rank = tl.where(i < BLOCKS, rank, -1)
+
+    least = tl.full((), 0, tl.int64)
+    for bit in range(32):
+        higher = least + (tl.full((), 1, tl.int64) << (31 - bit))
+        least = tl.where(tl.sum((rank >= higher).to(tl.int32), axis=0) >= keep, higher, least)
+    above, equal = rank > least, rank == least
+    needed = keep - tl.sum(above.to(tl.int32), axis=0)
+    chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= needed))
+    count = keep
+    if WHOLE:
+        every = tl.load(whole + row % ROWS).to(tl.int32)
+        chosen = tl.where(every > 0, i < BLOCKS, chosen)
+        count = tl.where(every > 0, BLOCKS, keep)
+
+    place = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    tl.store(kept + row * LISTED + place, i, mask=chosen)
+    tl.store(kept + row * LISTED + i, 0, mask=(i >= count) & (i < LISTED))
+    tl.store(counts + row, count)
+
+
+def launch(
+    q: Tensor, k: Tensor, keep: int, block_q: int, block_k: int, forced: Tensor | None, whole: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores = torch.matmul(_launch_pool(q, block_q), _launch_pool(k, block_k).mT)
+    rows, blocks = scores.shape[2:]
+    listed = keep if whole is None else blocks
+    kept = torch.empty(*scores.shape[:3], listed, dtype=torch.int32, device=q.device)
+    counts = torch.empty(scores.shape[:3], dtype=torch.int32, device=q.device)
+    masks = (None if m is None else m.to(torch.int8) for m in (forced, whole))
+    _select[(counts.numel(),)](
+        scores,
+        *masks,
+        kept,
+        counts,
+        keep,
+        blocks,
+        rows,
+        listed,
+        FORCED=forced is not None,
+        WHOLE=whole is not None,
+        BP=triton.next_power_of_2(blocks),
+    )
+    return kept, counts
+
+
+def _launch_pool(x: Tensor, block: int) -> Tensor:
+    batch, heads, tokens, size = x.shape
+    x = x if x.stride(3) == 1 else x.contiguous()
+    blocks = triton.cdiv(tokens, block)
+    means = torch.empty(batch, heads, blocks, size, dtype=torch.float32, device=x.device)
+    _pool[(blocks, batch * heads)](
+        x, means, heads, tokens, blocks, *x.stride()[:3], BN=block, D=size, DP=triton.next_power_of_2(size)
+    )
+    return means
+
+
+def _fake(
+    q: Tensor, k: Tensor, keep: int, block_q: int, block_k: int, forced: Tensor | None, whole: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows, blocks = -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)
+    counts = q.new_empty(*q.shape[:2], rows, dtype=torch.int32)
+    return q.new_empty(*q.shape[:2], rows, keep if whole is None else blocks, dtype=torch.int32), counts
+
+
+# The reference is the fast version for a CPU as well: what it does is small beside reading q and k.
+_op = torch.library.custom_op("quant_runtime::block_map", reference, mutates_args=())
+_op.register_kernel("cuda", launch)
+_op.register_fake(_fake)

@@ -1,0 +1,120 @@
+"""y = (x @ w.T) * x_scale * w_scale + bias with w packed, two int4 in a byte: the sums of linear_w8a8, half the bytes.
+
+x  int8 [M, K]      packed  uint8 [N, ceil(K/2)], as in unpack_w4
+y  [M, N] in out_dtype: float32, bfloat16 or float16
+x_scale  float32 [M]      w_scale  float32 [N]      bias  any float [N], or None
+
+Many rows: the weights are unpacked ahead, which their matmul hides. Few rows: reading the weights is the time that it
+takes, so the kernel unpacks what it has read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant_runtime.kernels import linear_w8a8, unpack_w4
+from quant_runtime.kernels._cpu import scratch
+from quant_runtime.kernels._triton import jit, tl, triton
+
+FEW_ROWS = 64  # below 64 rows an int8 matmul on Hopper waits for its weights
+
+
+def linear_w4a8(
+    x: Tensor,
+    packed: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    if x.dim() != 2 or x.dtype != torch.int8:
+        raise ValueError(f"linear_w4a8 takes x as int8 [M, K]; got {x.dtype} {list(x.shape)}")
+    unpack_w4.check_packed("linear_w4a8", packed, x.shape[1])
+    linear_w8a8.check_epilogue("linear_w4a8", x, packed.shape[0], x_scale, w_scale, bias, out_dtype)
+    out: Tensor = _op(x, packed, x_scale, w_scale, bias, out_dtype)
+    return out
+
+
+def reference(
+    x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    w = unpack_w4.reference(packed, x.shape[1])
+    return linear_w8a8.reference(x, w, x_scale, w_scale, bias, out_dtype)
+
+
+def on_cpu(
+    x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    w = unpack_w4.unpack_into(scratch("linear_w4a8", (packed.shape[0], x.shape[1]), torch.int8), packed)
+    return linear_w8a8.on_cpu(x, w, x_scale, w_scale, bias, out_dtype)
+
+
+@jit
+def _kernel(
+    x,
+    packed,
+    x_scale,
+    w_scale,
+    bias,
+    y,
+    M,
+    N,
+    K,
+    HALF,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    in_rows, in_cols = rows < M, cols < N
+    x_rows = x + rows.to(tl.int64)[:, None] * K
+    w_cols = packed + cols.to(tl.int64)[None, :] * HALF
+
+    sums = tl.zeros((BM, BN), dtype=tl.int32)
+    for start in range(0, HALF, BK):
+        j = start + tl.arange(0, BK)
+        bytes_ = tl.load(w_cols + j[:, None], mask=in_cols[None, :] & (j < HALF)[:, None], other=0)
+        low, high = unpack_w4.halves(bytes_)
+        a = tl.load(x_rows + j[None, :], mask=in_rows[:, None] & (j < HALF)[None, :], other=0)
+        sums = tl.dot(a, low, sums, out_dtype=tl.int32)
+        j += HALF
+        a = tl.load(x_rows + j[None, :], mask=in_rows[:, None] & (j < K)[None, :], other=0)
+        sums = tl.dot(a, high, sums, out_dtype=tl.int32)
+
+    linear_w8a8.store_scaled(sums, x_scale, w_scale, bias, y, rows, cols, M, N, BIAS)
+
+
+def launch(
+    x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    if x.shape[0] > FEW_ROWS:
+        w = unpack_w4.launch(packed, x.shape[1])
+        return linear_w8a8.launch(x, w, x_scale, w_scale, bias, out_dtype)
+    return launch_few_rows(x, packed, x_scale, w_scale, bias, out_dtype)
+
+
+def launch_few_rows(
+    x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    (m, k), (n, half) = x.shape, packed.shape
+    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    bm, bn, bk = 16 if m <= 16 else 32, 64, 128
+    operands = (x.contiguous(), packed.contiguous(), x_scale.contiguous(), w_scale.contiguous())
+    grid = (triton.cdiv(n, bn), triton.cdiv(m, bm))
+    _kernel[grid](*operands, bias, y, m, n, k, half, BIAS=bias is not None, BM=bm, BN=bn, BK=bk)
+    return y
+
+
+def _fake(
+    x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty(x.shape[0], packed.shape[0], dtype=out_dtype)
+
+
+_op = torch.library.custom_op("quant_runtime::linear_w4a8", reference, mutates_args=())
+_op.register_kernel("cpu", on_cpu)
+_op.register_kernel("cuda", launch)
+_op.register_fake(_fake)

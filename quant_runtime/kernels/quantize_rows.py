@@ -1,0 +1,114 @@
+"""x ≈ q * scale: activations to int8, one scale a row, found as the row comes in (dynamic, symmetric).
+
+x  float32, bfloat16 or float16 [M, K]
+factor  float32 [K] or None: x is multiplied by it first (SmoothQuant's 1/s)
+q  int8 [M, K], whole numbers within ±(2**(bits-1) - 1)       scale  float32 [M]
+
+In float32: scale = max|x * factor| / top, and q = x * factor * (1 / scale), rounded half to even. 4 and 6 bits are
+stored in a byte as well: no matrix unit of Hopper takes them narrower. A row of zeros gets a scale that is tiny and not
+zero. A row that holds a NaN or an infinity gets a scale that is not finite, so that it shows in the product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant_runtime.kernels._cpu import row_chunks, scratch
+from quant_runtime.kernels._triton import jit, tl, triton
+
+TINY = 1e-30  # the least row maximum: 1 / (TINY / 127) is still a float32
+
+
+def quantize_rows(x: Tensor, bits: int = 8, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(q, scale) of x. Refuses x that is not [M, K], bits other than 4, 6 and 8, and a factor that is not float32
+    [K]."""
+    check_rows("quantize_rows", x, bits, factor)
+    q, scale = _op(x, bits, factor)
+    return q, scale
+
+
+def check_rows(op: str, x: Tensor, bits: int, factor: Tensor | None) -> None:
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"{op} takes float rows [M, K]; got {x.dtype} {list(x.shape)}")
+    if bits not in (4, 6, 8):
+        raise ValueError(f"{op} rounds to 4, 6 or 8 bits; got bits={bits}")
+    if factor is not None and (factor.shape != x.shape[1:] or factor.dtype != torch.float32):
+        raise ValueError(f"{op}: factor is float32 [{x.shape[1]}]; got {factor.dtype} {list(factor.shape)}")
+
+
+def reference(x: Tensor, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = x.float() if factor is None else x.float() * factor
+    scale = x.abs().amax(dim=1).clamp(min=TINY) / (2 ** (bits - 1) - 1)
+    return (x * scale.reciprocal()[:, None]).round().to(torch.int8), scale
+
+
+def on_cpu(x: Tensor, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0])
+    for rows in row_chunks(*x.shape):
+        chunk = x[rows]
+        real = scratch("quantize_rows", tuple(chunk.shape), torch.float32)
+        if factor is None:
+            real.copy_(chunk)
+        else:
+            torch.mul(chunk, factor, out=real)
+        round_chunk(real, bits, q[rows], scale[rows])
+    return q, scale
+
+
+def round_chunk(real: Tensor, bits: int, q: Tensor, scale: Tensor) -> None:
+    """The CPU's second half: float32 rows, overwritten, to their q and scale."""
+    size = scratch("absolute", tuple(real.shape), torch.float32)
+    torch.amax(torch.abs(real, out=size), dim=1, out=scale)
+    scale.clamp_(min=TINY).div_(2 ** (bits - 1) - 1)
+    q.copy_(real.mul_(scale.reciprocal()[:, None]).round_())
+
+
+@jit
+def _kernel(x, factor, q, scale, K, top, TINY: tl.constexpr, FACTOR: tl.constexpr, BK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: M * K passes 2**31 on long videos
+    most, broken = 0.0, 0.0
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        real = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+        if FACTOR:
+            real *= tl.load(factor + k, mask=k < K, other=0.0)
+        most = tl.maximum(most, tl.max(tl.abs(real), axis=0))
+        broken = tl.maximum(broken, tl.max((real != real).to(tl.float32), axis=0))  # a GPU's maximum passes over NaN
+
+    row_scale = tl.math.div_rn(tl.maximum(most, TINY), top)
+    row_scale = tl.where(broken > 0, float("nan"), row_scale)
+    inverse = tl.math.div_rn(1.0, row_scale)
+    tl.store(scale + row, row_scale)
+    for start in range(0, K, BK):  # the row's second reading comes from cache
+        k = start + tl.arange(0, BK)
+        real = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+        if FACTOR:
+            real *= tl.load(factor + k, mask=k < K, other=0.0)
+        tl.store(q + row * K + k, round_even(real * inverse).to(tl.int8), mask=k < K)
+
+
+@jit
+def round_even(x):
+    """Half to even for |x| < 2**22: adding 1.5 * 2**23 leaves no bits below one."""
+    return (x + 12582912.0) - 12582912.0
+
+
+def launch(x: Tensor, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    m, k = x.shape
+    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(k), 4096)
+    top = 2.0 ** (bits - 1) - 1
+    _kernel[(m,)](x.contiguous(), factor, q, scale, k, top, TINY=TINY, FACTOR=factor is not None, BK=block)
+    return q, scale
+
+
+def _fake(x: Tensor, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+_op = torch.library.custom_op("quant_runtime::quantize_rows", reference, mutates_args=())
+_op.register_kernel("cpu", on_cpu)
+_op.register_kernel("cuda", launch)
+_op.register_fake(_fake)

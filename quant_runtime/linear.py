@@ -1,0 +1,184 @@
+"""QuantLinear: a linear layer of packed whole weights, fed with activations that it rounds as they come in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quant_runtime.formats import QuantFormat, pack, packed_shape
+from quant_runtime.kernels import quantize_rows as rounding
+from quant_runtime.kernels.hadamard import hadamard
+from quant_runtime.kernels.hadamard_quantize import hadamard_quantize
+from quant_runtime.kernels.linear_w4a8 import linear_w4a8
+from quant_runtime.kernels.linear_w8a8 import linear_w8a8
+from quant_runtime.kernels.unpack_w4 import unpack_w4
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What is known of a QuantLinear without its tensors: enough to make an empty one and to load it."""
+
+    format: QuantFormat
+    scaled: bool = False  # the input is multiplied by a factor per channel
+    rotation: int = 0  # the block of the online Hadamard rotation; 0 is none
+
+    def __post_init__(self) -> None:
+        if self.format.weight_bits not in (4, 8) or self.format.activation_bits == 16 or self.format.group:
+            raise ValueError(f"there are kernels for W8 and W4 with A8, A6 and A4, one scale a row; got {self.format}")
+
+
+class QuantLinear(nn.Module):
+    """y = x @ w.T + bias, with w as whole numbers times a scale per output channel, and x rounded per token at run
+    time.
+
+    Before it is rounded, x [..., in_features] is rotated (`input_signs`, `spec.rotation`; see kernels/hadamard.py) and
+    then multiplied by `input_factor`, where the layer has them; its weights have been changed to match. x is float32,
+    bfloat16 or float16, and so is y. Nothing here learns: there is no backward.
+
+    Scales are buffers of integers that hold the bits of floats: `module.to(torch.bfloat16)`, and a loader told to load
+    in bfloat16, cast every float that they find.
+
+        qweight        int8 [N, K], or uint8 [N, ceil(K/2)] for 4 bits      weight_scale  int32 [N], the bits of float32
+        input_factor   int16 [K], the bits of bfloat16, or None             input_signs   int8 [K], 1 and -1, or None
+        bias           a float parameter [N], or None
+    """
+
+    qweight: Tensor
+    weight_scale: Tensor
+    input_factor: Tensor | None
+    input_signs: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        spec: LinearSpec,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An empty layer, to be loaded into. `dtype` is the bias'."""
+        super().__init__()
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        bits = spec.format.weight_bits
+        weight_type = torch.int8 if bits == 8 else torch.uint8
+        empty = torch.empty(packed_shape(out_features, in_features, bits), dtype=weight_type, device=device)
+        self.register_buffer("qweight", empty)
+        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.int32, device=device))
+        factor = torch.empty(in_features, dtype=torch.int16, device=device) if spec.scaled else None
+        self.register_buffer("input_factor", factor)
+        signs = torch.empty(in_features, dtype=torch.int8, device=device) if spec.rotation else None
+        self.register_buffer("input_signs", signs)
+        held = (
+            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
+        )
+        self.register_parameter("bias", held)
+
+    @classmethod
+    def of(
+        cls,
+        whole: Tensor,
+        scale: Tensor,
+        spec: LinearSpec,
+        bias: Tensor | None = None,
+        factor: Tensor | None = None,
+        signs: Tensor | None = None,
+    ) -> QuantLinear:
+        """The layer of whole weights int8 [N, K] and their scale float32 [N]; factor is bfloat16 [K], signs int8
+        [K]."""
+        if (factor is not None) != spec.scaled or (signs is not None) != bool(spec.rotation):
+            raise ValueError(f"factor and signs come with the spec that asks for them; got {spec}")
+        if factor is not None and factor.dtype != torch.bfloat16:
+            raise ValueError(f"factor is bfloat16, so that it is stored as it was applied; got {factor.dtype}")
+        layer = cls(whole.shape[1], whole.shape[0], spec, bias=bias is not None, device="meta")
+        layer.qweight = pack(whole, spec.format.weight_bits)
+        layer.weight_scale = scale.float().contiguous().view(torch.int32)
+        layer.input_factor = None if factor is None else factor.contiguous().view(torch.int16)
+        layer.input_signs = signs
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, bits = x.reshape(-1, self.in_features), self.spec.format.activation_bits
+        if self.input_signs is not None:
+            q, scale = hadamard_quantize(rows, self.input_signs, self.spec.rotation, bits, self._factor())
+        else:
+            q, scale = rounding.quantize_rows(rows, bits, self._factor())
+        multiply = linear_w8a8 if self.spec.format.weight_bits == 8 else linear_w4a8
+        y = multiply(q, self.qweight, scale, self.weight_scale.view(torch.float32), self.bias, x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def fake_quant_forward(self, x: Tensor) -> Tensor:
+        """What forward means, in floats: both operands rounded, then an ordinary matmul, in float64."""
+        real, top = x.reshape(-1, self.in_features), self.spec.format.activation_top
+        real = real.float() if self.input_signs is None else hadamard(real, self.input_signs, self.spec.rotation)
+        factor = self._factor()
+        if factor is not None:
+            real = real * factor
+        step = real.abs().amax(dim=1, keepdim=True).clamp(min=rounding.TINY) / top
+        rounded = (real * step.reciprocal()).round() * step
+        y = F.linear(rounded.double(), self.dequantized().double(), None if self.bias is None else self.bias.double())
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def dequantized(self) -> Tensor:
+        """The stored weights as float32 [N, K]: of the rotated and scaled input."""
+        w = self.qweight if self.spec.format.weight_bits == 8 else unpack_w4(self.qweight, self.in_features)
+        return w * self.weight_scale.view(torch.float32)[:, None]
+
+    def effective_weight(self) -> Tensor:
+        """The stored weights as float32 [N, K], as they would stand in the layer that this one replaced."""
+        w, factor = self.dequantized(), self._factor()
+        if factor is not None:
+            w = w * factor
+        if self.input_signs is None:
+            return w
+        return hadamard(w, torch.ones_like(self.input_signs), self.spec.rotation) * self.input_signs
+
+    def stored_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+    def extra_repr(self) -> str:
+        turned = f", rotation={self.spec.rotation}" if self.spec.rotation else ""
+        scaled = ", scaled" if self.spec.scaled else ""
+        return (
+            f"{self.in_features}, {self.out_features}, {self.spec.format}{turned}{scaled}, bias={self.bias is not None}"
+        )
+
+    def _factor(self) -> Tensor | None:
+        return None if self.input_factor is None else self.input_factor.view(torch.bfloat16).float()
+
+
+def fuse(layers: Sequence[QuantLinear]) -> QuantLinear:
+    """One layer that answers what these would, one after the other along the last axis: their shared input is rounded
+    once.
+
+    Refuses layers that would round it differently (another spec, factor or signs), or of which only some have a bias.
+    """
+    first = layers[0]
+    for layer in layers[1:]:
+        same_input = _same(layer.input_factor, first.input_factor) and _same(layer.input_signs, first.input_signs)
+        if layer.spec != first.spec or layer.in_features != first.in_features or not same_input:
+            raise ValueError(f"layers that are fused treat their input alike; got {first} and {layer}")
+        if (layer.bias is None) != (first.bias is None):
+            raise ValueError(f"layers that are fused have a bias all or none; got {first} and {layer}")
+    outputs = sum(layer.out_features for layer in layers)
+    fused = QuantLinear(first.in_features, outputs, first.spec, bias=first.bias is not None, device="meta")
+    state: dict[str, Any] = dict(first.state_dict())
+    for name in {"qweight", "weight_scale", "bias"} & state.keys():
+        state[name] = torch.cat([layer.state_dict()[name] for layer in layers])
+    fused.load_state_dict(state, assign=True)
+    fused.requires_grad_(False)
+    return fused
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)

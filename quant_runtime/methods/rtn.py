@@ -1,0 +1,51 @@
+"""Round to nearest: whole weights within ±top, one scale per output channel, symmetric. The floor that every method
+stands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from quant_runtime.calibrate import LayerStats
+from quant_runtime.formats import QuantFormat
+from quant_runtime.linear import LinearSpec, QuantLinear
+
+TINY = 1e-30  # the scale of a row of zeros is not zero
+CLIPS = tuple(1.0 - 0.02 * step for step in range(26))  # 1.00, 0.98 ... 0.50 of the largest weight
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """`clip` says where a row's largest whole number lies: at its largest weight ("absmax", the default), or at that
+    fraction of it, from 1 down to 0.5, which leaves the least squared error in the row's weights ("mse")."""
+
+    clip: Literal["absmax", "mse"] = "absmax"
+
+    def __post_init__(self) -> None:
+        if self.clip not in ("absmax", "mse"):
+            raise ValueError(f"clip is absmax or mse; got {self.clip!r}")
+
+    def quantize(self, layer: nn.Linear, stats: LayerStats, fmt: QuantFormat) -> QuantLinear:
+        whole, scale = self.round_weight(layer.weight.detach(), fmt)
+        return QuantLinear.of(whole, scale, LinearSpec(fmt), layer.bias)
+
+    def round_weight(self, weight: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
+        """Float weights [N, K] to whole ones, int8 [N, K], and their scale, float32 [N]."""
+        weight = weight.float()
+        full = weight.abs().amax(dim=1).clamp(min=TINY) / fmt.weight_top
+        if self.clip == "absmax":
+            return _rounded(weight, full, fmt.weight_top).to(torch.int8), full
+
+        scale, least = full, torch.full_like(full, torch.inf)
+        for fraction in CLIPS:
+            tried = full * fraction
+            error = (_rounded(weight, tried, fmt.weight_top) * tried[:, None] - weight).square().sum(dim=1)
+            scale, least = torch.where(error < least, tried, scale), torch.minimum(error, least)
+        return _rounded(weight, scale, fmt.weight_top).to(torch.int8), scale
+
+
+def _rounded(weight: Tensor, scale: Tensor, top: int) -> Tensor:
+    return (weight / scale[:, None]).round().clamp(-top, top)

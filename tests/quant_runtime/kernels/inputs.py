@@ -1,0 +1,38 @@
+"""What kernel tests are fed: rows whose channels are even, and rows that have the outliers of real activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BF16_ROUNDING = 2**-8  # half a step of bfloat16 is 2**-9 of a number
+FP16_ROUNDING = 2**-10  # half a step of float16 is 2**-11 of a number
+FP32_ROUNDING = 1e-6  # sums of a few hundred float32, each rounded at 6e-8
+ROUNDING = {torch.float32: FP32_ROUNDING, torch.float16: FP16_ROUNDING, torch.bfloat16: BF16_ROUNDING}
+
+
+def rows(m: int, k: int, device: str, outliers: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random [m, k]; with outliers, one channel in 64 is 30 times as large."""
+    x = torch.randn(m, k, device=device)
+    if outliers:
+        x[:, ::64] *= 30
+    return x.to(dtype)
+
+
+def whole(m: int, k: int, device: str, top: int = 127) -> Tensor:
+    return torch.randint(-top, top + 1, (m, k), dtype=torch.int8, device=device)
+
+
+def signs(k: int, device: str) -> Tensor:
+    return torch.randint(0, 2, (k,), dtype=torch.int8, device=device) * 2 - 1
+
+
+def lists(batch: int, heads: int, rows: int, blocks: int, device: str) -> tuple[Tensor, Tensor]:
+    """(kept, counts) as attention_blocks takes them: row 0 sees every block, row 1 none, the others some."""
+    scores = torch.rand(batch, heads, rows, blocks, device=device)
+    counts = torch.randint(1, blocks + 1, (batch, heads, rows), dtype=torch.int32, device=device)
+    counts[:, :, 0] = blocks
+    counts[:, :, 1:2] = 0
+    place = scores.argsort(dim=3)
+    chosen = torch.where(torch.arange(blocks, device=device) < counts[..., None], place, blocks + 999)
+    return chosen.sort(dim=3).values.to(torch.int32), counts

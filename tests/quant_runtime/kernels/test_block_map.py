@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from quant_runtime.kernels import block_map as op
+
+NEAR = 1e-4  # of the largest score: two blocks so close may change places when means are summed in another order
+SHAPES = [  # batch, heads, queries, keys, size, block_q, block_k, keep
+    (1, 1, 5, 5, 8, 16, 16, 1),
+    (2, 2, 100, 130, 24, 32, 16, 3),
+    (1, 2, 257, 200, 64, 16, 32, 7),
+    (1, 1, 64, 64, 16, 16, 16, 4),
+]
+VERSIONS = [op.reference, pytest.param(op.launch, marks=pytest.mark.skipif(op.triton is None, reason="no Triton"))]
+
+
+def inputs(shape, device):
+    batch, heads, queries, keys, size, *_ = shape
+    q = torch.randn(batch, queries, heads, size, device=device).transpose(1, 2)
+    return q, torch.randn(batch, heads, keys, size, device=device)
+
+
+def means(x, block):
+    return torch.stack([part.double().mean(dim=2) for part in x.split(block, dim=2)], dim=2)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_blocks_that_score_highest_are_kept_in_order(version, shape, device):
+    q, k = inputs(shape, device)
+    *_, block_q, block_k, keep = shape
+    kept, counts = version(q, k, keep, block_q, block_k, None, None)
+    scores = means(q, block_q) @ means(k, block_k).mT
+    least = scores.sort(dim=3, descending=True).values[..., keep - 1 : keep]
+    assert kept.dtype == counts.dtype == torch.int32
+    assert kept.shape == (*scores.shape[:3], keep)
+    assert counts.eq(keep).all()
+    assert (kept.diff(dim=3) > 0).all()
+    assert (scores.gather(3, kept.long()) >= least - NEAR * scores.abs().max()).all()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_forced_blocks_are_in_every_row_and_whole_rows_keep_all(version, shape, device):
+    q, k = inputs(shape, device)
+    _, _, queries, keys, _, block_q, block_k, keep = shape
+    rows, blocks = -(-queries // block_q), -(-keys // block_k)
+    forced = torch.zeros(blocks, dtype=torch.bool, device=device)
+    forced[-1] = True
+    whole = torch.zeros(rows, dtype=torch.bool, device=device)
+    whole[1] = True
+    kept, counts = version(q, k, keep, block_q, block_k, forced, whole)
+    listed = [row[:count] for row, count in zip(kept.flatten(0, 2).tolist(), counts.flatten().tolist(), strict=True)]
+    for number, row in enumerate(listed):
+        assert row[-1] == blocks - 1
+        assert row == sorted(set(row))
+        assert len(row) == (blocks if number % rows == 1 else keep)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_of_equal_scores_the_earlier_block_is_kept_and_a_nan_is_the_lowest(version, device):
+    q, k = torch.ones(1, 1, 16, 8, device=device), torch.zeros(1, 1, 64, 8, device=device)
+    k[0, 0, 0] = float("nan")
+    kept, _ = version(q, k, 2, 16, 16, None, None)
+    assert kept.flatten().tolist() == [1, 2]
+
+
+def test_more_blocks_than_there_are_is_all_of_them(device):
+    q, k = inputs(SHAPES[3], device)
+    kept, _ = op.block_map(q, k, 99, 16, 16)
+    assert kept[0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"keep": 0}, "keep=0"),
+        ({"k": torch.zeros(1, 1, 64, 8)}, r"\[1, 1, 64, 8\]"),
+        ({"forced": torch.ones(3, dtype=torch.bool)}, r"forced is bool \[4\]"),
+        ({"whole": torch.ones(4)}, r"whole is bool \[4\]; got torch.float32"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(change, named):
+    q, k = inputs(SHAPES[3], "cpu")
+    with pytest.raises(ValueError, match=named):
+        op.block_map(**{"q": q, "k": k, "keep": 2, "block_q": 16, "block_k": 16} | change)
+
+
+def test_torch_accepts_the_op(device):
+    args = (*inputs(SHAPES[3], device), 2, 16, 16, None, None)
+    torch.library.opcheck(torch.ops.quant_runtime.block_map.default, args)

@@ -1,0 +1,121 @@
+"""Every Triton kernel compiles for Hopper, on a machine without a GPU: as far as a machine without one can go.
+
+The interpreter runs the kernels' arithmetic; this file, started as a program without it, sends what `launch` would
+launch through Triton's compiler and NVIDIA's assembler.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from quant_runtime.kernels import (
+    attention_blocks,
+    block_map,
+    hadamard,
+    hadamard_quantize,
+    linear_w4a8,
+    linear_w8a8,
+    quantize_heads,
+    quantize_rows,
+    unpack_w4,
+)
+from quant_runtime.kernels._triton import triton
+
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+}
+
+
+def launches() -> Iterator[Callable[[], object]]:
+    """One call of every kernel, in the dtypes and the branches that a GPU runs."""
+    rows = torch.zeros(300, 256, dtype=torch.bfloat16)
+    q, row_scale = rows.to(torch.int8), torch.ones(300)
+    w, scale = torch.zeros(96, 256, dtype=torch.int8), torch.ones(96)
+    packed, factor = torch.zeros(96, 128, dtype=torch.uint8), torch.ones(256)
+    signs = torch.ones(256, dtype=torch.int8)
+    yield lambda: quantize_rows.launch(rows, 8, factor)
+    yield lambda: hadamard.launch(rows.float(), signs, 256)
+    yield lambda: hadamard_quantize.launch(rows, signs, 64, 4, factor)
+    yield lambda: linear_w8a8.launch(q, w, row_scale, scale, scale, torch.bfloat16)
+    yield lambda: linear_w8a8.launch(q[:20], w, row_scale[:20], scale, None, torch.float16)
+    yield lambda: linear_w4a8.launch_few_rows(q[:20], packed, row_scale[:20], scale, None, torch.float32)
+    yield lambda: unpack_w4.launch(packed, 256)
+
+    head = torch.zeros(1, 2, 200, 128, dtype=torch.bfloat16)
+    small, whole = head[..., :64], head.to(torch.int8)
+    kept, counts = block_map.reference(head, head, 2, 64, 64, None, None)
+    tokens, blocks = torch.ones(1, 2, 200), torch.ones(1, 2, 4)
+    yield lambda: quantize_heads.launch(head, quantize_heads.key_center(head), 1)
+    yield lambda: quantize_heads.launch(small, None, 64)
+    yield lambda: block_map.launch(head, head, 2, 64, 64, torch.ones(4).bool(), torch.ones(4).bool())
+    yield lambda: attention_blocks.launch(small, small, small, kept, counts, 64, 64, None, None, 0.1)
+    yield lambda: attention_blocks.launch(whole, whole, head, kept, counts, 64, 64, tokens, tokens, 0.1)
+    yield lambda: attention_blocks.launch(whole, whole, head, kept, counts, 64, 64, blocks, blocks, 0.1)
+
+
+class Recorder:
+    """Stands where a kernel stands, and compiles what it is asked to launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.compile
+
+    def compile(self, *args: object, **named: object) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        given = dict(zip(self.kernel.arg_names, args, strict=False)) | named
+        fixed = {p.name: given[p.name] for p in self.kernel.params if p.is_constexpr or given[p.name] is None}
+        signature = {name: "constexpr" if name in fixed else _type(given[name]) for name in self.kernel.arg_names}
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=fixed)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert compiled.asm["cubin"]
+        print(self.kernel.__name__, list(signature.values()), compiled.metadata.shared, "bytes of shared memory")
+
+
+def _type(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def main() -> None:
+    for module in (attention_blocks, block_map, hadamard, hadamard_quantize, linear_w4a8, linear_w8a8):
+        record_kernels(module)
+    for module in (quantize_heads, quantize_rows, unpack_w4):
+        record_kernels(module)
+    for launch in launches():
+        launch()
+
+
+def record_kernels(module: Any) -> None:
+    for name in ("_kernel", "_across", "_pool", "_select"):
+        if hasattr(module, name):
+            setattr(module, name, Recorder(getattr(module, name)))
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_every_kernel_compiles_for_hopper(tmp_path):
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.quant_runtime.kernels.test_compile"]
+    done = subprocess.run(command, env=plain | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    main()

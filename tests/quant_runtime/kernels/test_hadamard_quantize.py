@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from quant_runtime.kernels import hadamard_quantize as op
+from tests.quant_runtime.kernels.inputs import rows, signs
+
+SAME_SCALE = 1e-6  # relative: the rotation's float32 sums are rounded in another order
+FLIPS = 1e-3  # of the entries may fall to the other side of a half, by one step
+SHAPES = [(5, 6, 2), (33, 384, 128), (40, 48, 16), (3, 2048, 1024)]
+VERSIONS = [op.on_cpu, pytest.param(op.launch, marks=pytest.mark.skipif(op.triton is None, reason="no Triton"))]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("m", "k", "block"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_versions_agree_with_the_reference(version, m, k, block, dtype, device):
+    if version is op.on_cpu and device != "cpu":
+        pytest.skip("the CPU version runs on CPU tensors")
+    x, s = rows(m, k, device, outliers=True, dtype=dtype), signs(k, device)
+    for bits, factor in ((8, None), (4, torch.rand(k, device=device) + 0.1)):
+        q, scale = version(x, s, block, bits, factor)
+        want_q, want_scale = op.reference(x, s, block, bits, factor)
+        assert ((scale - want_scale).abs() <= SAME_SCALE * want_scale).all()
+        assert (q.int() - want_q.int()).abs().max() <= 1
+        assert (q != want_q).float().mean() < FLIPS
+
+
+@pytest.mark.parametrize("version", [op.reference, *VERSIONS])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy says so when the interpreter meets a NaN
+def test_a_nan_shows_in_the_scale_of_its_row_alone(version, device):
+    x = rows(4, 32, device)
+    x[1, 3] = float("nan")
+    _, scale = version(x, signs(32, device), 16, 8, None)
+    assert scale.isfinite().tolist() == [True, False, True, True]
+
+
+def test_what_either_half_refuses_is_refused():
+    x, s = torch.zeros(2, 8), torch.ones(8, dtype=torch.int8)
+    with pytest.raises(ValueError, match="divides K=8; got 3"):
+        op.hadamard_quantize(x, s, 3)
+    with pytest.raises(ValueError, match="bits=7"):
+        op.hadamard_quantize(x, s, 4, bits=7)
+
+
+def test_torch_accepts_the_op(device):
+    args = (rows(5, 48, device), signs(48, device), 16, 8, None)
+    torch.library.opcheck(torch.ops.quant_runtime.hadamard_quantize.default, args)

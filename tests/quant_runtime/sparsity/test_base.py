@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from quant_runtime.sparsity.base import TokenLayout, blocks_with, every_block, first_frame, placeless
+
+
+def test_a_layout_counts_its_tokens():
+    assert TokenLayout(9, 12, 20).tokens == 2160
+    assert TokenLayout(8, 16, 16, special=5).tokens == 2088
+    assert TokenLayout(2, 2, 2, text=3).tokens == 11
+
+
+@pytest.mark.parametrize(
+    ("layout", "free", "first"),
+    [
+        (TokenLayout(2, 1, 3), "......", "ooo..."),
+        (TokenLayout(2, 1, 2, special=1), "x..x..", "ooo..."),
+        (TokenLayout(2, 1, 2, text=3), "....xxx", "oo....."),
+        (TokenLayout(2, 1, 2, text=3, text_first=True), "xxx....", "...oo.."),
+    ],
+)
+def test_the_masks_name_the_tokens(layout, free, first):
+    assert placeless(layout).tolist() == [mark == "x" for mark in free]
+    assert first_frame(layout).tolist() == [mark == "o" for mark in first]
+
+
+def test_a_block_with_one_such_token_is_such_a_block():
+    mask = torch.tensor([False, False, False, True, False, False, True])
+    assert blocks_with(mask, 2).tolist() == [False, True, False, True]
+
+
+def test_every_block_is_dense(device):
+    q, k = torch.zeros(2, 3, 70, 8, device=device), torch.zeros(2, 3, 33, 8, device=device)
+    blocks = every_block(q, k, 16)
+    assert blocks.kept.shape == (2, 3, 5, 3)
+    assert blocks.kept[1, 2, 4].tolist() == [0, 1, 2]
+    assert float(blocks.density()) == 1.0
+
+
+@pytest.mark.parametrize("wrong", [(0, 1, 1), (1, 1, 1, -1)])
+def test_a_layout_without_tokens_is_refused(wrong):
+    with pytest.raises(ValueError, match="TokenLayout"):
+        TokenLayout(*wrong)

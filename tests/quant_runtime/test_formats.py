@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from quant_runtime import formats
+from quant_runtime.formats import QuantFormat
+
+
+@pytest.mark.parametrize(("text", "weight", "activation"), [("w4a8", 4, 8), ("W16A16", 16, 16), ("W3a6", 3, 6)])
+def test_a_format_is_read_and_written(text, weight, activation):
+    fmt = QuantFormat.parse(text)
+    assert (fmt.weight_bits, fmt.activation_bits) == (weight, activation)
+    assert str(fmt) == text.upper()
+    assert QuantFormat.parse(str(fmt)) == fmt
+
+
+@pytest.mark.parametrize("text", ["", "w4", "a8w4", "w4a8 ", "w4a8g128"])
+def test_text_that_is_no_format_is_refused_with_what_was_given(text):
+    with pytest.raises(ValueError, match=f"written like W4A8; got '{text}'"):
+        QuantFormat.parse(text)
+
+
+@pytest.mark.parametrize("text", ["w9a8", "w4a7", "w1a8"])
+def test_widths_that_do_not_exist_are_refused_by_name(text):
+    with pytest.raises(ValueError, match=text.upper()):
+        QuantFormat.parse(text)
+
+
+def test_the_largest_whole_numbers_are_symmetric():
+    assert (formats.W4A6.weight_top, formats.W4A6.activation_top) == (7, 31)
+    assert (formats.W8A8.weight_top, formats.W8A8.activation_top) == (127, 127)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7, 16])
+def test_widths_without_a_packing_are_refused_by_name(bits):
+    with pytest.raises(ValueError, match=f"weights of {bits} bits"):
+        formats.pack(torch.zeros(2, 2, dtype=torch.int8), bits)
+
+
+@pytest.mark.parametrize(("bits", "inputs"), [(8, 7), (4, 7), (4, 8)])
+def test_the_packed_shape_is_the_shape_of_what_is_packed(bits, inputs):
+    weight = torch.ones(3, inputs, dtype=torch.int8)
+    assert formats.pack(weight, bits).shape == formats.packed_shape(3, inputs, bits)
+
+
+def test_a_weight_that_int4_does_not_hold_is_refused():
+    with pytest.raises(ValueError, match="got 0 to 8"):
+        formats.pack_int4(torch.tensor([[0, 8]], dtype=torch.int8))
