@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
     from quant_runtime.artifact import Manifest
     from quant_runtime.attention import AttentionPlan, AttentionState
-    from torch import nn
 
 Kind = Literal["video", "scene"]
 OnStep = Callable[[int, int], None]  # (step done, of how many); raising from it ends the run at this step boundary
