@@ -8,7 +8,7 @@ worker it is a *generator*, warm, that turns inputs into files.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -90,7 +90,6 @@ class OutputFile:
 @dataclass(frozen=True)
 class Outputs:
     files: tuple[OutputFile, ...]
-    facts: dict[str, float | int | str] = field(default_factory=dict)  # small numbers worth a log line: points, density
 
 
 class Generator(Protocol):
@@ -106,6 +105,7 @@ class Generator(Protocol):
 class Model(Generator, Protocol):
     """One loaded model, as the offline stage sees it."""
 
+    kernels: dict[str, str]  # which arithmetic runs on this machine, in words
     network: nn.Module  # whose linear layers shrink
     attention: AttentionState  # how its self-attention runs, and what density it ran at
 
@@ -125,8 +125,8 @@ class Model(Generator, Protocol):
         """Run the network on this many of the family's named calibration samples."""
         ...
 
-    def judge(self, other: Model, samples: int, on_sample: OnStep) -> dict[str, float]:
-        """How close this model's outputs are to `other`'s, the same in full precision, on named held-out samples."""
+    def outputs(self, samples: int, on_sample: OnStep) -> list[torch.Tensor]:
+        """What it makes of this many of the family's named held-out samples, in the form that Family.score compares."""
         ...
 
     def limits(self) -> VideoLimits | SceneLimits:
@@ -155,6 +155,10 @@ class Family(Protocol):
 
     def write(self, model: Model, source: Path, target: Path) -> None:
         """The artifact's files, its manifest left out: the network as it is now, the rest linked from `source`."""
+        ...
+
+    def score(self, outputs: Sequence[torch.Tensor], full: Sequence[torch.Tensor]) -> dict[str, float]:
+        """How close outputs are to those of the same samples in full precision, and to the truth where there is one."""
         ...
 
     def tiny(self, folder: Path) -> None:

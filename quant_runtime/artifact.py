@@ -71,8 +71,7 @@ class SpecRecord(_Strict):
 
 
 class LayerRecord(SpecRecord):
-    """One quantized layer. SQNRs in dB, of the weights and of the answers to calibration inputs; None where nothing was
-    lost."""
+    """One quantized layer. SQNRs in dB, of its weights and of its answers to calibration inputs; None where equal."""
 
     in_features: int
     out_features: int
@@ -186,8 +185,7 @@ def _finite(decibels: float) -> float | None:
 
 
 def save(folder: Path, manifest: Manifest, write: Callable[[Path], None], *, replace: bool = False) -> Manifest:
-    """Makes the artifact `folder`: `write(aside)` writes all its files but the manifest, then they are hashed and
-    renamed.
+    """Makes the artifact `folder`. `write(aside)` writes its files but the manifest; they are hashed and renamed.
 
     Returns the manifest with its files. Refuses a folder that exists, unless `replace`. If `write` raises, or the
     machine stops, nothing stands under the folder's name but what stood there before.
@@ -225,8 +223,7 @@ def save(folder: Path, manifest: Manifest, write: Callable[[Path], None], *, rep
 
 
 def write_weights(model: nn.Module, folder: Path, name: str = "model", shard_bytes: int = SHARD_BYTES) -> None:
-    """The model's state in safetensors: NAME.safetensors, or NAME-00001-of-00003.safetensors and so on with their
-    index."""
+    """The model's state as NAME.safetensors; above `shard_bytes` as NAME-00001-of-00003.safetensors, and an index."""
     shards: list[dict[str, Tensor]] = [{}]
     room = shard_bytes
     for key, tensor in model.state_dict().items():
@@ -250,8 +247,7 @@ def write_weights(model: nn.Module, folder: Path, name: str = "model", shard_byt
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The files under `source` (a file, or a folder with all that lies in it) at `target`: hard links where the file
-    system has them."""
+    """`source`, a file or a folder, at `target` as well: files as hard links where the file system has them."""
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
         for inner in sorted(source.iterdir()):
@@ -284,8 +280,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, manifest: Manifest | None = None) -> Manifest:
-    """Every file is there, no other is, and each has the bytes that the manifest vouches for; else an ArtifactError by
-    name."""
+    """Every file is there, no other is, and each has the bytes it was saved with; else an ArtifactError by name."""
     folder = Path(folder)
     manifest = manifest or read_manifest(folder)
     found = set(_files(folder)) - {MANIFEST}
@@ -299,8 +294,7 @@ def verify(folder: Path, manifest: Manifest | None = None) -> Manifest:
 
 
 def load_into(model: nn.Module, folder: Path, *, component: str = "", check: bool = True) -> Manifest:
-    """Turns a float model into the artifact's: planned layers become QuantLinears, then every tensor is loaded,
-    strictly.
+    """Turns a float model into the artifact's: its layers become QuantLinears, then every tensor is loaded, strictly.
 
     `component` is the folder inside the artifact that holds the weights. The tensors keep the dtypes they were saved
     in, and lie on the CPU; the model may be on the meta device. `check=False` leaves out the hashes, for a folder that

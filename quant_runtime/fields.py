@@ -1,5 +1,4 @@
-"""Knobs from outside, as text or JSON, to a frozen dataclass of ours: names are checked, values are read by the field's
-type."""
+"""Knobs from outside, text or JSON, to a frozen dataclass: names are checked, values are read by the field's type."""
 
 from __future__ import annotations
 

@@ -33,8 +33,7 @@ class LinearSpec:
 
 
 class QuantLinear(nn.Module):
-    """y = x @ w.T + bias, with w as whole numbers times a scale per output channel, and x rounded per token at run
-    time.
+    """y = x @ w.T + bias: w as whole numbers times a scale per output channel, x rounded per token at run time.
 
     Before it is rounded, x [..., in_features] is rotated (`input_signs`, `spec.rotation`; see kernels/hadamard.py) and
     then multiplied by `input_factor`, where the layer has them; its weights have been changed to match. x is float32,
@@ -90,8 +89,7 @@ class QuantLinear(nn.Module):
         factor: Tensor | None = None,
         signs: Tensor | None = None,
     ) -> QuantLinear:
-        """The layer of whole weights int8 [N, K] and their scale float32 [N]; factor is bfloat16 [K], signs int8
-        [K]."""
+        """The layer of whole weights int8 [N, K] and scale float32 [N]; factor is bfloat16 [K], signs int8 [K]."""
         if (factor is not None) != spec.scaled or (signs is not None) != bool(spec.rotation):
             raise ValueError(f"factor and signs come with the spec that asks for them; got {spec}")
         if factor is not None and factor.dtype != torch.bfloat16:
@@ -156,8 +154,7 @@ class QuantLinear(nn.Module):
 
 
 def fuse(layers: Sequence[QuantLinear]) -> QuantLinear:
-    """One layer that answers what these would, one after the other along the last axis: their shared input is rounded
-    once.
+    """One layer that answers what these would, side by side along the last axis: their common input is rounded once.
 
     Refuses layers that would round it differently (another spec, factor or signs), or of which only some have a bias.
     """

@@ -31,8 +31,7 @@ def psnr(want: Tensor, got: Tensor) -> float:
 
 
 def ssim(want: Tensor, got: Tensor) -> float:
-    """Structural similarity of uint8 frames [..., H, W, 3], H and W at least 11, mean over positions, channels and
-    frames.
+    """Structural similarity of uint8 frames [..., H, W, 3] of at least 11 by 11: mean over places, channels and frames.
 
     Wang et al. 2004: 11 by 11 Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, L = 255, only windows that lie
     inside.

@@ -1,11 +1,10 @@
-"""Which key blocks each block of queries keeps: the highest scores of mean query against mean key, as lists for
-attention_blocks.
+"""Which key blocks each block of queries keeps: those of the highest scores, mean query against mean key.
 
 q  [B, H, N, D], k  [B, H, M, D]: float32, bfloat16 or float16
 keep    how many key blocks a row keeps, forced ones included
 forced  bool [ceil(M / block_k)] or None: key blocks that rank before all others; no more of them than `keep`
 whole   bool [ceil(N / block_q)] or None: rows that keep every key block
-kept    int32 [B, H, ceil(N / block_q), L], ascending       counts  int32 [B, H, ceil(N / block_q)]
+kept    int32 [B, H, ceil(N / block_q), L], ascending, for attention_blocks      counts  int32 [B, H, ceil(N / block_q)]
 
 L is the number of key blocks where `whole` is given, else keep, and every count is keep. All on the device: no value is
 read back. Means are over the tokens that a ragged last block has; of equal scores the earlier block is kept; a NaN is

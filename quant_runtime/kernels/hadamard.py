@@ -1,5 +1,4 @@
-"""y = (x * signs) @ H, block after block along the inputs: a randomized Walsh-Hadamard rotation (QuaRot,
-arXiv:2404.00456).
+"""y = (x * signs) @ H, block after block: a randomized Walsh-Hadamard rotation (as in QuaRot, arXiv:2404.00456).
 
 x  float32, bfloat16 or float16 [M, K]      signs  int8 [K], each 1 or -1      y  float32 [M, K]
 block  a power of two that divides K
@@ -87,8 +86,7 @@ def rotate_chunk(x: Tensor, signs: Tensor, block: int) -> Tensor:
 
 @jit
 def _kernel(x, signs, y, ROWS, K, B: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr):
-    """The first pass: x as rows of B columns, each multiplied by H of B from the right. BP is B or what a dot takes at
-    least."""
+    """The first pass: x as rows of B columns, times H of B from the right. BP is B, or a dot's least, 16."""
     rows = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     cols = tl.arange(0, BP)
     at = rows[:, None] * B + cols[None, :]

@@ -1,5 +1,4 @@
-"""quantize_rows(hadamard(x)) in one pass over x: what a rotated layer does to its inputs, at nearly the price of
-rounding alone.
+"""quantize_rows(hadamard(x)) in one op: what a rotated layer does to its inputs, read once and written once.
 
 x  float32, bfloat16 or float16 [M, K]      signs  int8 [K], each 1 or -1      block  a power of two that divides K
 factor  float32 [K] or None: the rotated x is multiplied by it       q  int8 [M, K]      scale  float32 [M]

@@ -21,8 +21,7 @@ TINY = 1e-30  # the least row maximum: 1 / (TINY / 127) is still a float32
 
 
 def quantize_rows(x: Tensor, bits: int = 8, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(q, scale) of x. Refuses x that is not [M, K], bits other than 4, 6 and 8, and a factor that is not float32
-    [K]."""
+    """(q, scale) of x. Refuses x that is not float [M, K], bits but 4, 6 and 8, a factor that is not float32 [K]."""
     check_rows("quantize_rows", x, bits, factor)
     q, scale = _op(x, bits, factor)
     return q, scale

@@ -1,5 +1,4 @@
-"""No quantization: the layer stays in 16 bits. What a sparse but unquantized artifact is made with, and what others are
-held against."""
+"""No quantization: layers stay in 16 bits. For artifacts that are only sparse, and to hold the others against."""
 
 from __future__ import annotations
 

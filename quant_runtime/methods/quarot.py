@@ -1,5 +1,4 @@
-"""QuaRot (arXiv:2404.00456): a randomized Hadamard rotation spreads the outliers of the inputs over all channels, then
-round.
+"""QuaRot (arXiv:2404.00456): spread the outliers of the inputs over all channels by a random rotation, then round.
 
 Of the paper this is the rotation of a layer's input, done online, with round-to-nearest weights. The paper folds most
 rotations into neighbouring weights, along the residual stream of a language model with RMS norms. A norm that is
@@ -25,8 +24,7 @@ from quant_runtime.methods.rtn import Rtn
 
 @dataclass(frozen=True)
 class QuaRot:
-    """Signs are drawn from `seed` and the number of inputs alone: layers with a common input turn it alike and can be
-    fused."""
+    """Signs are drawn from `seed` and the number of inputs alone: layers with a common input turn it alike."""
 
     seed: int = 0
     block: int = 0  # inputs that are turned together; 0 is the largest power of two that divides their number

@@ -1,5 +1,4 @@
-"""Round to nearest: whole weights within ±top, one scale per output channel, symmetric. The floor that every method
-stands on."""
+"""Round to nearest: whole weights within ±top, symmetric, one scale per output channel. Every method ends in it."""
 
 from __future__ import annotations
 
@@ -19,8 +18,11 @@ CLIPS = tuple(1.0 - 0.02 * step for step in range(26))  # 1.00, 0.98 ... 0.50 of
 
 @dataclass(frozen=True)
 class Rtn:
-    """`clip` says where a row's largest whole number lies: at its largest weight ("absmax", the default), or at that
-    fraction of it, from 1 down to 0.5, which leaves the least squared error in the row's weights ("mse")."""
+    """`clip` says where a row's largest whole number lies.
+
+    "absmax", the default: at its largest weight. "mse": at the fraction of it, of those in CLIPS, that leaves the least
+    squared error in the row's weights.
+    """
 
     clip: Literal["absmax", "mse"] = "absmax"
 

@@ -37,6 +37,12 @@ def test_the_sample_is_drawn_from_all_rows_and_the_same_each_time(device):
     assert {place // 35 for place in places} == {0, 1, 2}, "from every run"
 
 
+def test_a_large_run_has_a_large_part_of_the_sample(device):
+    model, large, small = network(device), torch.randn(1000, 12, device=device), torch.zeros(10, 12, device=device)
+    sample = observe(model, ["0"], lambda: [model(x) for x in (large, small)], rows=10)["0"].sample
+    assert int((sample == 0).all(dim=1).sum()) <= 2, "one row in a hundred came from the small run"
+
+
 def test_a_short_run_is_sampled_whole(device):
     model = network(device)
     stats = observe(model, ["0"], lambda: model(torch.randn(3, 12, device=device)))

@@ -8,10 +8,12 @@ from torch import nn
 from quant_runtime import formats
 from quant_runtime.formats import QuantFormat
 from quant_runtime.linear import LinearSpec, QuantLinear, fuse
-from tests.quant_runtime.layers import quantized, tokens
+from quant_runtime.methods import METHODS
+from tests.quant_runtime.layers import observed, quantized, tokens
 from tests.support import relative_error
 
 FORMATS = [formats.W8A8, formats.W4A8, formats.W4A6, formats.W4A4]
+EIGHT_BITS = 0.03  # on inputs with outlier channels; measured: 0.019 by rtn, the others less
 FP32_ROUNDING = 1e-6  # the answer's one rounding, and those of the scales in the fake-quantized operands
 ROUNDING = {torch.float32: FP32_ROUNDING, torch.float16: 2**-10, torch.bfloat16: 2**-8}
 
@@ -25,6 +27,14 @@ def test_the_integer_path_is_fake_quantization(fmt, method, dtype, device):
     assert y.dtype == dtype
     assert y.shape == (2, 37, 70)
     assert relative_error(y, want) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("method", ["rtn", "smoothquant", "quarot"])
+def test_eight_bits_stay_close_to_the_float_layer(method, device):
+    layer, stats = observed(96, 70, device)
+    x = tokens(96, device)
+    quantized_layer = METHODS[method]().quantize(layer, stats, formats.W8A8)
+    assert relative_error(quantized_layer(x), layer(x).detach()) < EIGHT_BITS
 
 
 def test_fake_quantization_is_written_without_our_kernels(device):

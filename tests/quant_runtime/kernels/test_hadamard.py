@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from quant_runtime.kernels import hadamard as op
-from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, rows, signs
+from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, TRITON_DTYPES, rows, signs
 from tests.support import relative_error
 
 SHAPES = [(1, 1, 1), (5, 6, 2), (7, 24, 8), (33, 384, 128), (9, 48, 16), (3, 768, 256), (2, 2048, 1024)]
@@ -17,7 +17,7 @@ def test_the_cpu_version_agrees_with_the_reference(m, k, block, dtype):
 
 @pytest.mark.skipif(op.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize(("m", "k", "block"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
 def test_triton_agrees_with_the_reference(m, k, block, dtype, device):
     x, s = rows(m, k, device, outliers=True, dtype=dtype), signs(k, device)
     assert relative_error(op.launch(x, s, block), op.reference(x, s, block)) < FP32_ROUNDING

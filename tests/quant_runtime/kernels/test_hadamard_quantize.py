@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from quant_runtime.kernels import hadamard_quantize as op
-from tests.quant_runtime.kernels.inputs import rows, signs
+from tests.quant_runtime.kernels.inputs import TRITON_DTYPES, rows, signs
 
 SAME_SCALE = 1e-6  # relative: the rotation's float32 sums are rounded in another order
 FLIPS = 1e-3  # of the entries may fall to the other side of a half, by one step
@@ -12,7 +12,7 @@ VERSIONS = [op.on_cpu, pytest.param(op.launch, marks=pytest.mark.skipif(op.trito
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("m", "k", "block"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
 def test_versions_agree_with_the_reference(version, m, k, block, dtype, device):
     if version is op.on_cpu and device != "cpu":
         pytest.skip("the CPU version runs on CPU tensors")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from quant_runtime.kernels import linear_w8a8 as op
-from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, ROUNDING, whole
+from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, ROUNDING, TRITON_DTYPES, whole
 from tests.support import relative_error
 
 SHAPES = [(1, 1, 1), (64, 64, 64), (65, 130, 100), (200, 96, 257), (7, 33, 2050)]
@@ -10,11 +10,7 @@ SHAPES = [(1, 1, 1), (64, 64, 64), (65, 130, 100), (200, 96, 257), (7, 33, 2050)
 
 def inputs(m, n, k, device):
     x_scale, w_scale = torch.rand(m, device=device) + 0.5, torch.rand(n, device=device) + 0.5
-    return whole(m, k, device), whole(n, k, device), x_scale, w_scale
-
-
-def bias_of(n, device):
-    return torch.randn(n, device=device) * 3e4  # as large as the sums
+    return whole(m, k, device), whole(n, k, device), x_scale / (127 * k), w_scale  # float16 ends at 65504
 
 
 def test_the_reference_is_the_matmul_of_the_dequantized_operands(device):
@@ -26,20 +22,18 @@ def test_the_reference_is_the_matmul_of_the_dequantized_operands(device):
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 @pytest.mark.parametrize("out_dtype", op.OUT_DTYPES)
 def test_the_cpu_version_agrees_with_the_reference(m, n, k, out_dtype):
-    for bias in (None, bias_of(n, "cpu"), bias_of(n, "cpu").bfloat16()):
+    for bias in (None, torch.randn(n), torch.randn(n).bfloat16()):
         args = (*inputs(m, n, k, "cpu"), bias, out_dtype)
-        if out_dtype == torch.float16:
-            args[2].div_(k * 127)  # float16 ends at 65504
-            bias = None if bias is None else bias.div_(3e4)
         assert relative_error(op.on_cpu(*args), op.reference(*args)) < ROUNDING[out_dtype]
 
 
 @pytest.mark.skipif(op.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_triton_agrees_with_the_reference(m, n, k, with_bias, device):
-    args = (*inputs(m, n, k, device), bias_of(n, device) if with_bias else None, torch.float32)
-    assert relative_error(op.launch(*args), op.reference(*args)) < FP32_ROUNDING
+@pytest.mark.parametrize("out_dtype", TRITON_DTYPES)
+def test_triton_agrees_with_the_reference(m, n, k, with_bias, out_dtype, device):
+    args = (*inputs(m, n, k, device), torch.randn(n, device=device) if with_bias else None, out_dtype)
+    assert relative_error(op.launch(*args), op.reference(*args)) < ROUNDING[out_dtype]
 
 
 def test_sums_too_large_for_float32_are_exact(device):

@@ -1,0 +1,96 @@
+"""A checkpoint goes in, an artifact comes out: observe, convert, write aside, judge what was written, rename it."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from models.base import Family
+from quant_runtime import artifact
+from quant_runtime.artifact import AttentionRecord, Base, Manifest
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.calibrate import LayerStats, fingerprint, observe
+from quant_runtime.convert import convert
+from quant_runtime.formats import W16A16, QuantFormat
+from quant_runtime.methods import Method, Rtn
+
+OnProgress = Callable[[str, int, int], None]  # (what is being done, how much of it, of how much)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint is compressed. A value: what it says is written into the manifest."""
+
+    method: Method = field(default_factory=Rtn)
+    format: QuantFormat = W16A16
+    attention: AttentionPlan = field(default_factory=AttentionPlan)
+    calibration_samples: int = 1
+    judging_samples: int = 1  # 0 leaves quality out of the manifest
+
+
+def compress(
+    family: Family,
+    source: Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    base: str,
+    device: str,
+    on_progress: OnProgress,
+    replace: bool = False,
+) -> Manifest:
+    """Writes the artifact `out` and returns its manifest. Refuses an `out` that exists, unless `replace`.
+
+    Quality is measured on the artifact as a worker opens it, against the checkpoint in float32.
+    """
+    if out.exists() and not replace:
+        raise FileExistsError(f"{out} exists: choose another name, or say that it is to be replaced")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.judged-") as aside:
+        trial = Path(aside) / "artifact"
+        manifest, full = _written(family, source, recipe, trial, base, device, on_progress)
+        gc.collect()  # the float model is gone before the compressed one is opened
+        if recipe.judging_samples:
+            opened = family.open(trial, manifest, device)
+            got = opened.outputs(recipe.judging_samples, partial(on_progress, "compressed"))
+            quality = {"samples": recipe.judging_samples, **family.score(got, full)}
+            attention = AttentionRecord.of(recipe.attention, opened.attention.density())
+            manifest = manifest.model_copy(update={"quality": quality, "attention": attention})
+        return artifact.save(out, manifest, partial(_moved, trial), replace=replace)
+
+
+def _written(
+    family: Family, source: Path, recipe: Recipe, trial: Path, base: str, device: str, on_progress: OnProgress
+) -> tuple[Manifest, list[torch.Tensor]]:
+    """The artifact without its quality, and what the checkpoint made of the judging samples in full precision."""
+    model = family.load(source, device, torch.float32)
+    full = model.outputs(recipe.judging_samples, partial(on_progress, "full precision"))
+    layers = model.layers() if recipe.format.quantized else []
+    stats: dict[str, LayerStats] = {}
+    if layers:
+        calibrate = partial(model.calibrate, recipe.calibration_samples, partial(on_progress, "calibrate"))
+        stats = observe(model.network, layers, calibrate, shared=model.shared())
+    plan = dict.fromkeys(layers, (recipe.method, recipe.format))
+    reports = convert(model.network, plan, stats, lambda _, done, of: on_progress("quantize", done, of))
+    manifest = Manifest(
+        family=family.name,
+        base=Base(name=base),
+        method=artifact.method_record(recipe.method),
+        layers=artifact.layer_records(reports),
+        calibration=fingerprint(stats) if stats else None,
+        attention=AttentionRecord.of(recipe.attention),
+        serving={"kind": family.kind, "limits": asdict(model.limits())},
+    )
+    return artifact.save(trial, manifest, partial(family.write, model, source)), full
+
+
+def _moved(trial: Path, folder: Path) -> None:
+    for path in sorted(trial.iterdir()):
+        if path.name != artifact.MANIFEST:
+            path.rename(folder / path.name)

@@ -1,0 +1,34 @@
+"""`run.json`, a result file beside the others: what was asked, what ran on which arithmetic, and where the time went."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from models.base import Model, OutputFile, SceneInputs, VideoInputs
+
+NAME = "run.json"
+
+
+def write(
+    folder: Path, inputs: VideoInputs | SceneInputs, model: Model, seconds: dict[str, float], **facts: object
+) -> OutputFile:
+    """Write it into `folder`. `seconds` are wall-clock, by stage; `facts` stand beside them under their own names."""
+    asked = asdict(inputs)
+    if isinstance(inputs, SceneInputs):
+        asked["images"] = [path.name for path in inputs.images]
+    density, policy = model.attention.density(), model.attention.plan.policy
+    record = {
+        "inputs": asked,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "attention": {
+            "policy": policy.name,
+            "effective_density": round(density.effective, 4),
+        },
+        "kernels": model.kernels,
+        **facts,
+    }
+    path = folder / NAME
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return OutputFile(NAME, "application/json", path)

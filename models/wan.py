@@ -1,0 +1,283 @@
+"""Wan (arXiv:2503.20314) in diffusers' layout: text to video.
+
+The linear layers of its blocks shrink, its self-attention goes sparse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanPipeline
+from torch import Tensor, nn
+
+import quant_runtime.diffusers
+from models import video_files
+from models.base import BadInput, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
+from quant_runtime import artifact, quality
+from quant_runtime.artifact import Manifest
+from quant_runtime.attention import AttentionPlan, AttentionState, attend
+from quant_runtime.kernels._cpu import cpu_has_bfloat16
+from quant_runtime.linear import QuantLinear, fuse
+from quant_runtime.sparsity.base import TokenLayout
+
+SERVING = "serving.json"  # beside model_index.json: what this checkpoint takes, where that is not Wan's own
+PROMPTS = (  # where a checkpoint names none of its own
+    "A ginger cat walks along a garden wall at sunset, the camera follows from the side",
+    "Waves break on a rocky shore under a grey sky, slow motion",
+    "A chef tosses vegetables in a pan over a high flame, close-up",
+    "A red tram crosses a rainy square at night, reflections on the ground",
+    "A child blows soap bubbles in a park, the bubbles drift towards the camera",
+    "An eagle glides over snowy mountains, aerial view",
+    "A potter shapes a clay bowl on a spinning wheel, hands in focus",
+    "Time-lapse of clouds passing over a wheat field",
+)
+WAN_LIMITS = VideoLimits(
+    size_multiple=16, max_pixels=1280 * 720, max_side=1280, max_frames=81, width=832, height=480, frames=81, fps=16,
+    steps=50, guidance=5.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a checkpoint is run with. The defaults are Wan 2.1's."""
+
+    limits: VideoLimits = WAN_LIMITS
+    max_tokens: int = 512  # prompts are padded to it, and cut there
+    calibration: tuple[str, ...] = PROMPTS[:4]
+    judging: tuple[str, ...] = PROMPTS[4:]
+
+    @classmethod
+    def read(cls, folder: Path) -> Serving:
+        """The checkpoint's own, where it has one. Refuses a field that is not one."""
+        path = folder / SERVING
+        if not path.is_file():
+            return cls()
+        given: dict[str, Any] = json.loads(path.read_text())
+        unknown = given.keys() - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"{path} has no fields {sorted(unknown)}")
+        given["limits"] = VideoLimits(**given.get("limits", {}))
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+class SelfAttention:
+    """diffusers' processor of `attn1`, with our attention. Dense and unquantized it computes what theirs does."""
+
+    def __init__(self, layer: int, model: WanModel) -> None:
+        self.layer, self.model = layer, model
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        fused = getattr(attn, "fused_qkv", None)
+        if fused is not None:
+            q, k, v = fused(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        assert rotary_emb is not None
+        q, k = (rotated(x.unflatten(2, (attn.heads, -1)), *rotary_emb) for x in (attn.norm_q(q), attn.norm_k(k)))
+        v = v.unflatten(2, (attn.heads, -1))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = attend(q, k, v, layer=self.layer, layout=self.model.layout, state=self.model.attention)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbouring channels of x [B, N, H, D] turned as pairs; cos and sin [1, N, 1, D] hold each angle twice."""
+    turn = torch.complex(cos[..., 0::2].float(), sin[..., 1::2].float())
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
+
+
+class WanModel:
+    """One loaded pipeline. `network` is its transformer."""
+
+    kind = "video"
+
+    def __init__(self, pipe: WanPipeline, serving: Serving) -> None:
+        self.pipe, self.serving = pipe, serving
+        self.network: nn.Module = pipe.transformer
+        pipe.set_progress_bar_config(disable=True)
+        self.layout = TokenLayout(1, 1, 1)
+        self.network.register_forward_pre_hook(self._see_layout, with_kwargs=True)
+        self.attend(AttentionPlan())
+
+    def attend(self, plan: AttentionPlan) -> None:
+        self.attention = AttentionState(plan)
+        for i, block in enumerate(self.network.blocks):
+            block.attn1.set_processor(SelfAttention(i, self))
+
+    def _see_layout(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        t, h, w = (n // p for n, p in zip(latents.shape[2:], network.config.patch_size, strict=True))
+        self.layout = TokenLayout(frames=t, height=h, width=w)
+
+    def layers(self) -> list[str]:
+        """Everything linear inside the blocks. Embedders, time projection and head stay as they are."""
+        return [n for n, m in self.network.named_modules() if n.startswith("blocks.") and isinstance(m, nn.Linear)]
+
+    def shared(self) -> list[Sequence[str]]:
+        groups: list[Sequence[str]] = []
+        for i in range(len(self.network.blocks)):
+            groups.append([f"blocks.{i}.attn1.to_{x}" for x in "qkv"])
+            groups.append([f"blocks.{i}.attn2.to_{x}" for x in "kv"])
+        return groups
+
+    def limits(self) -> VideoLimits:
+        return self.serving.limits
+
+    def calibrate(self, samples: int, on_sample: OnStep) -> None:
+        """Short runs (8 steps at most) of the default size: each prompt sees noise of every level."""
+        self._films(self.serving.calibration, samples, min(8, self.limits().steps), on_sample)
+
+    def outputs(self, samples: int, on_sample: OnStep) -> list[Tensor]:
+        """uint8 [T, H, W, 3] of each judging prompt, seed 0 and up, defaults throughout."""
+        return self._films(self.serving.judging, samples, self.limits().steps, on_sample)
+
+    def _films(self, prompts: Sequence[str], samples: int, steps: int, on_sample: OnStep) -> list[Tensor]:
+        size, films = self.limits(), []
+        for i in range(samples):
+            inputs = VideoInputs(
+                prompt=prompts[i % len(prompts)], width=size.width, height=size.height, frames=size.frames,
+                fps=size.fps, steps=steps, guidance=size.guidance, seed=i,
+            )  # fmt: skip
+            films.append(torch.from_numpy(self.film(inputs, lambda done, of: None)))
+            on_sample(i + 1, samples)
+        return films
+
+    def run(self, inputs: VideoInputs | SceneInputs, folder: Path, on_step: OnStep) -> Outputs:
+        if not isinstance(inputs, VideoInputs):
+            raise BadInput("artifact", "this artifact makes videos from prompts; it reconstructs no scenes")
+        frames = self.film(inputs, on_step)
+        video_files.write_mp4(frames, folder / "video.mp4", inputs.fps)
+        video_files.write_poster(frames, folder / "poster.jpg")
+        files = (
+            OutputFile("video.mp4", "video/mp4", folder / "video.mp4"),
+            OutputFile("poster.jpg", "image/jpeg", folder / "poster.jpg"),
+        )
+        return Outputs(files)
+
+    @torch.inference_mode()
+    def film(self, inputs: VideoInputs, on_step: OnStep) -> np.ndarray:
+        """uint8 [T, H, W, 3]. The same inputs on the same device give the same film; noise is drawn on the CPU."""
+        self._check(inputs)
+        self.attention.start(inputs.steps)
+
+        def stepped(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(step + 1, inputs.steps)
+            if step + 1 < inputs.steps:
+                self.attention.at(step + 1)
+            return tensors
+
+        video = self.pipe(
+            prompt=inputs.prompt,
+            negative_prompt=inputs.negative_prompt,
+            height=inputs.height,
+            width=inputs.width,
+            num_frames=inputs.frames,
+            num_inference_steps=inputs.steps,
+            guidance_scale=inputs.guidance,
+            generator=torch.Generator("cpu").manual_seed(inputs.seed),
+            max_sequence_length=self.serving.max_tokens,
+            callback_on_step_end=stepped,
+            output_type="pt",
+        ).frames[0]
+        if not bool(torch.isfinite(video).all()):
+            raise FloatingPointError("the model made values that are not finite")
+        return (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _check(self, inputs: VideoInputs) -> None:
+        """What a size would do deep inside the pipeline, said at the door."""
+        size = self.limits()
+        for name, value in (("width", inputs.width), ("height", inputs.height)):
+            if value % size.size_multiple or not 0 < value <= size.max_side:
+                raise BadInput(name, f"{name} is a multiple of {size.size_multiple} up to {size.max_side}, got {value}")
+        if (inputs.frames - 1) % size.frames_step or not 0 < inputs.frames <= size.max_frames:
+            wanted = f"{size.frames_step}n + 1 up to {size.max_frames}"
+            raise BadInput("frames", f"frames are {wanted}, got {inputs.frames}")
+
+
+class Wan:
+    """diffusers' WanPipeline folders."""
+
+    name = "wan"
+    kind = "video"
+    component = "transformer"
+
+    def recognizes(self, folder: Path) -> bool:
+        index = folder / "model_index.json"
+        return index.is_file() and json.loads(index.read_text()).get("_class_name") == "WanPipeline"
+
+    def load(self, folder: Path, device: str, dtype: torch.dtype) -> WanModel:
+        pipe = WanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return WanModel(pipe.to(device), Serving.read(folder))
+
+    def open(self, folder: Path, manifest: Manifest, device: str) -> WanModel:
+        model = self.load(folder, device, compute_dtype(device))
+        for block in model.network.blocks:
+            projections = [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
+            if all(isinstance(p, QuantLinear) for p in projections):
+                block.attn1.fused_qkv = fuse(projections)
+                del block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
+        if manifest.attention is not None:
+            model.attend(manifest.attention.plan())
+        return model
+
+    def write(self, model: WanModel, source: Path, target: Path) -> None:
+        for path in sorted(source.iterdir()):
+            if path.name != self.component:
+                artifact.link_or_copy(path, target / path.name)
+        network = model.network
+        specs = {name: m.spec for name, m in network.named_modules() if isinstance(m, QuantLinear)}
+        if specs:
+            quant_runtime.diffusers.mark(network, specs)
+        narrow(network)
+        network.save_pretrained(target / self.component)
+
+    def score(self, outputs: Sequence[Tensor], full: Sequence[Tensor]) -> dict[str, float]:
+        """PSNR in dB and SSIM against full precision, mean over the films."""
+        pairs = list(zip(full, outputs, strict=True))
+        return {
+            "psnr": sum(quality.psnr(a, b) for a, b in pairs) / len(pairs),
+            "ssim": sum(quality.ssim(a, b) for a, b in pairs) / len(pairs),
+        }
+
+    def tiny(self, folder: Path) -> None:
+        from models.demo.video import networks
+
+        pipe = networks.pipeline(networks.TINY)
+        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+            narrow(part)
+        pipe.save_pretrained(folder)
+        limits = VideoLimits(
+            size_multiple=16, max_pixels=64 * 96, max_side=96, max_frames=9, max_steps=50, max_prompt=200, width=48,
+            height=32, frames=5, fps=8, steps=3, guidance=2.0,
+        )  # fmt: skip
+        write_serving(folder, Serving(limits, networks.MAX_TOKENS, calibration=PROMPTS[:1], judging=PROMPTS[1:2]))
+
+
+def write_serving(folder: Path, serving: Serving) -> None:
+    (folder / SERVING).write_text(json.dumps(asdict(serving), indent=1) + "\n")
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """bfloat16 where this device multiplies it itself, else float32."""
+    return torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
+
+
+def narrow(network: nn.Module) -> None:
+    """Floats to bfloat16, as the checkpoint had them. A float32 working copy of 16-bit values loses nothing."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.bfloat16)

@@ -1,0 +1,67 @@
+"""The HTTP side. Holds nothing of its own: any number of these processes may share one queue and one results store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from service import artifacts
+from service.api import problems
+from service.api.catalog import Catalog
+from service.api.deps import Service
+from service.api.door import Body, Counted, Door
+from service.api.routes import ROUTERS, generate, reconstruct
+from service.api.routes.jobs import AllSentError
+from service.api.upkeep import keep_up
+from service.queue.client import Queue
+from service.queue.follow import Followers
+from service.results import Results
+from service.settings import Settings
+
+
+def create_app(settings: Settings, queue: Queue, results: Results) -> FastAPI:
+    """Reads the manifests in `settings.artifacts` now, and nothing else until the first request."""
+    local = [found.info for found in artifacts.find(settings.artifacts)]
+    service = Service(settings, queue, results, Catalog(local, queue), Followers(queue))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        upkeep = asyncio.create_task(keep_up(queue, results))
+        yield
+        upkeep.cancel()
+        with suppress(asyncio.CancelledError):
+            await upkeep
+        await service.followers.close()
+
+    app = FastAPI(
+        title="lowbit",
+        version="1",
+        summary="Compressed video and 3D generators",
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    problems.install(app)
+    app.add_exception_handler(AllSentError, _no_content)
+    for router in ROUTERS:
+        app.include_router(router)
+    bodies = {
+        generate.PATH: Body("application/json", settings.max_json_bytes),
+        reconstruct.PATH: Body("multipart/form-data", settings.max_upload_bytes),
+    }
+    app.add_middleware(Door, bodies=bodies, otherwise=settings.max_json_bytes)
+    app.add_middleware(Counted)  # added last, it stands outermost: refusals at the door are counted too
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        return problems.add_schema(plain())
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend its schema
+    return app
+
+
+async def _no_content(request: Request, error: Exception) -> Response:
+    return Response(status_code=204)

@@ -1,0 +1,126 @@
+"""`lowbit quantize` and `lowbit inspect`: a command line's words become a recipe, an artifact becomes a table.
+
+Imported by the command line when one of the two is called: it brings torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from models import compress, registry
+from models.compress import Recipe
+from quant_runtime import artifact, fields
+from quant_runtime.artifact import Manifest
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.formats import QuantFormat
+from quant_runtime.methods import METHODS
+from quant_runtime.sparsity import POLICIES
+
+STAGES = {
+    "full precision": "generating in full precision",
+    "calibrate": "calibrating",
+    "quantize": "quantizing layers",
+    "compressed": "generating compressed",
+}
+
+
+def recipe(
+    method: str, bits: str, settings: Sequence[str], sparsity: str, warmup: float, calibration: int, judging: int
+) -> Recipe:
+    """ValueError names the option and what would do."""
+    format_ = QuantFormat.parse(bits)
+    if (method == "none") == format_.quantized:
+        raise ValueError(f"--method none goes with --bits w16a16 and with no other; got {method} and {bits}")
+    return Recipe(
+        method=fields.build(METHODS, method, dict(_pair(s) for s in settings)),
+        format=format_,
+        attention=plan(sparsity, warmup),
+        calibration_samples=calibration,
+        judging_samples=judging,
+    )
+
+
+def plan(sparsity: str, warmup: float) -> AttentionPlan:
+    """`dense`, or POLICY:density with further fields behind commas: `topk:0.25,block=64`."""
+    name, _, rest = sparsity.partition(":")
+    first, *others = rest.split(",") if rest else [""]
+    given = dict(_pair(field) for field in others)
+    if first:
+        given["density"] = first
+    return AttentionPlan(fields.build(POLICIES, name, given), warmup=warmup)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise ValueError(f"a field is set as NAME=VALUE; got {text!r}")
+    return name, value
+
+
+def quantize(source: str, made: Recipe, out: Path, device: str, replace: bool, console: Console) -> Manifest:
+    """Compress with a bar a stage, and say what came of it."""
+    folder = registry.checkpoint(source)
+    family = registry.family_of(folder)
+    columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bars = {}
+
+        def show(stage: str, done: int, of: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(STAGES[stage], total=of)
+            progress.update(bars[stage], completed=done)
+
+        return compress.compress(
+            family, folder, made, out, base=source if source in registry.SHIPPED else folder.name,
+            device=resolve(device), on_progress=show, replace=replace,
+        )  # fmt: skip
+
+
+def resolve(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def describe(folder: Path, manifest: Manifest) -> Table:
+    """An artifact on one screen."""
+    table = Table(title=str(folder), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows(manifest):
+        table.add_row(name, value)
+    return table
+
+
+def rows(manifest: Manifest) -> list[tuple[str, str]]:
+    layers = manifest.layers.values()
+    formats = Counter(layer.format for layer in layers)
+    packed = sum(layer.bytes for layer in layers)
+    full = sum(2 * (layer.in_features * layer.out_features + layer.bias * layer.out_features) for layer in layers)
+    lines = [
+        ("family", manifest.family),
+        ("base", manifest.base.name + (f" @ {manifest.base.revision}" if manifest.base.revision else "")),
+        ("method", _named(manifest.method)),
+        ("layers", ", ".join(f"{count} × {name}" for name, count in formats.most_common()) or "all in 16 bits"),
+    ]
+    if packed:
+        lines.append(("their bytes", f"{packed:,} for {full:,} in 16 bits: {full / packed:.2f}× smaller"))
+    lines.append(("all files", f"{sum(f.bytes for f in manifest.files.values()):,} bytes in {len(manifest.files)}"))
+    if manifest.attention is not None:
+        kept = manifest.attention.effective_density
+        measured = f", {kept:.1%} of key blocks kept, mean over all steps" if kept is not None else ""
+        lines.append(("attention", _named(manifest.attention.policy) + measured))
+    for name, value in manifest.quality.items():
+        lines.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
+    lines.append(("made by", manifest.runtime))
+    return lines
+
+
+def _named(named: artifact.Named) -> str:
+    inner = ", ".join(f"{k}={v}" for k, v in named.fields.items())
+    return f"{named.name} ({inner})" if inner else named.name

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings, from_environment
+
+
+def test_everything_has_a_default_that_stays_on_this_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    settings = from_environment({})
+    assert (settings.redis_url, settings.host, settings.port) == (None, "127.0.0.1", 8000)
+    assert (settings.lease_seconds, settings.beat_seconds) == (30, 10)
+    assert settings.results_location == (tmp_path / ".lowbit" / "results").as_uri()
+
+
+def test_the_environment_sets_them(monkeypatch):
+    monkeypatch.setenv("LOWBIT_REDIS_URL", "redis://there:6379")
+    monkeypatch.setenv("LOWBIT_ARTIFACTS", "/a:/b")
+    monkeypatch.setenv("LOWBIT_LEASE_SECONDS", "2")
+    monkeypatch.setenv("LOWBIT_BEAT_SECONDS", "0.5")
+    settings = from_environment()
+    assert settings.redis_url == "redis://there:6379"
+    assert settings.artifacts == (Path("/a"), Path("/b"))
+    assert settings.lease_seconds == 2
+
+
+def test_a_misspelled_setting_stops_the_start():
+    with pytest.raises(ValueError, match=r"LOWBIT_LEASE_SECOND\b.*LOWBIT_LEASE_SECONDS"):
+        from_environment({"LOWBIT_LEASE_SECOND": "2", "PATH": "/bin"})
+
+
+@pytest.mark.parametrize(
+    "change", [{"lease_seconds": 10, "beat_seconds": 6}, {"max_attempts": 0}, {"port": 70000}, {"queue_prefix": "a{b}"}]
+)
+def test_a_value_that_cannot_work_stops_the_start(change):
+    with pytest.raises(ValidationError):
+        Settings(**change)
