@@ -1,4 +1,4 @@
-"""`run.json`, a result file beside the others: what was asked, what ran on which arithmetic, and where the time went."""
+"""`run.json`, a result file beside the others: what was asked, on what arithmetic it ran, where the time went."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from models.base import Model, OutputFile, SceneInputs, VideoInputs
+from quant_runtime.artifact import AttentionRecord
 
 NAME = "run.json"
 
@@ -18,14 +19,10 @@ def write(
     asked = asdict(inputs)
     if isinstance(inputs, SceneInputs):
         asked["images"] = [path.name for path in inputs.images]
-    density, policy = model.attention.density(), model.attention.plan.policy
     record = {
         "inputs": asked,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "attention": {
-            "policy": policy.name,
-            "effective_density": round(density.effective, 4),
-        },
+        "attention": AttentionRecord.of(model.attention.plan, model.attention.density()).model_dump(),
         "kernels": model.kernels,
         **facts,
     }
