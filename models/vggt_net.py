@@ -17,11 +17,12 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from quant_runtime.sparsity.base import TokenLayout
@@ -429,8 +430,10 @@ class DPTHead(nn.Module):
         for tap, project, to_scale in zip(taps, self.projects, self.resize_layers, strict=True):
             x = self.norm(tap[:, self.special :].to(self.norm.weight.dtype)).transpose(1, 2).unflatten(2, grid)
             maps.append(to_scale(place_embedded(project(x), size)))
-        x = resize(self.scratch(maps), size)
-        return self.scratch.output_conv2(place_embedded(x, size)).float()
+        conv, relu, last = self.scratch.output_conv2
+        x = relu(conv(place_embedded(resize(self.scratch(maps), size), size)))
+        # In bfloat16 the logarithm of a depth has steps of half a percent: a wall would come out as stairs.
+        return last(x.to(last.weight.dtype)).float()
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -529,8 +532,6 @@ def load(folder: Path | str) -> tuple[VGGT, list[str]]:
     network does not have, and any that it misses, is refused by name. Pickles are read with weights_only.
     """
     folder = Path(folder)
-    given = json.loads((folder / "config.json").read_text())
-    known = {name: value for name, value in given.items() if name in VGGTConfig.__dataclass_fields__}
     if (folder / "model.safetensors").exists():
         from safetensors.torch import load_file
 
@@ -538,10 +539,17 @@ def load(folder: Path | str) -> tuple[VGGT, list[str]]:
     else:
         state = torch.load(folder / "model.pt", map_location="cpu", weights_only=True, mmap=True)
     state = {_bare(key): value for key, value in state.items()}
-    known["point_head"] = any(key.startswith("point_head.") for key in state)
+    config = replace(
+        read_config(folder / "config.json"), point_head=any(key.startswith("point_head.") for key in state)
+    )
     with torch.device("meta"):
-        net = VGGT(VGGTConfig(**known))
+        net = VGGT(config)
     return net, fill(net, state)
+
+
+def read_config(path: Path) -> VGGTConfig:
+    """A checkpoint's or an artifact's `config.json`. Names not ours are passed over: published ones have such."""
+    return TypeAdapter(VGGTConfig).validate_json(path.read_bytes())
 
 
 def fill(net: VGGT, state: Mapping[str, Tensor]) -> list[str]:
@@ -559,9 +567,14 @@ def fill(net: VGGT, state: Mapping[str, Tensor]) -> list[str]:
     if wrong:
         raise ValueError(f"not a VGGT of this config: {len(wrong)} tensors differ, the first: " + "; ".join(wrong[:5]))
     net.load_state_dict(kept, assign=True)
-    for name, values in (("mean", MEAN), ("std", STD)):  # buffers that no checkpoint holds
-        setattr(net.aggregator, name, torch.tensor(values).view(1, 3, 1, 1))
+    fill_constants(net)
     return sorted({key.split(".")[0] for key in left_out})
+
+
+def fill_constants(net: VGGT) -> None:
+    """Give a network that was on the meta device the buffers that no checkpoint holds, on the CPU."""
+    for name, values in (("mean", MEAN), ("std", STD)):
+        setattr(net.aggregator, name, torch.tensor(values).view(1, 3, 1, 1))
 
 
 def save_config(config: VGGTConfig, path: Path) -> None:

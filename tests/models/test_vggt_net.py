@@ -272,7 +272,7 @@ def test_a_checkpoint_loads_and_what_is_left_out_is_named(net, tmp_path):
     assert left_out == ["track_head"]
     images = torch.rand(1, 2, 3, 28, 28)
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(images).points, net(images).points)
+        assert relative_error(loaded.eval()(images).points, net(images).points) < FLOAT32  # other addresses, other sums
 
 
 def test_a_checkpoint_without_a_point_head_gives_a_network_without_one(net, tmp_path):
