@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,20 @@ from models.base import Model, OutputFile, SceneInputs, VideoInputs
 from quant_runtime.artifact import AttentionRecord
 
 NAME = "run.json"
+
+
+class Clock:
+    """Wall-clock seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """What went by since the last lap, or since the clock was made, was `stage`."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._since
+        self._since = now
 
 
 def write(

@@ -6,22 +6,26 @@ The linear layers of its blocks shrink, its self-attention goes sparse.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import WanPipeline
 from torch import Tensor, nn
 
 import quant_runtime.diffusers
-from models import video_files
-from models.base import BadInput, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
+from models import run_record, video_files
+from models.base import BadInput, Kind, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
+from models.run_record import Clock
 from quant_runtime import artifact, quality
 from quant_runtime.artifact import Manifest
-from quant_runtime.attention import AttentionPlan, AttentionState, attend
+from quant_runtime.attention import AttentionPlan, AttentionState, attend, describe_paths
 from quant_runtime.kernels._cpu import cpu_has_bfloat16
 from quant_runtime.linear import QuantLinear, fuse
 from quant_runtime.sparsity.base import TokenLayout
@@ -63,7 +67,8 @@ class Serving:
         if unknown:
             raise ValueError(f"{path} has no fields {sorted(unknown)}")
         given["limits"] = VideoLimits(**given.get("limits", {}))
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+        return cls(**given)
 
 
 class SelfAttention:
@@ -103,11 +108,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class WanModel:
     """One loaded pipeline. `network` is its transformer."""
 
-    kind = "video"
+    kind: Kind = "video"
 
-    def __init__(self, pipe: WanPipeline, serving: Serving) -> None:
+    def __init__(self, pipe: WanPipeline, serving: Serving, device: str) -> None:
         self.pipe, self.serving = pipe, serving
-        self.network: nn.Module = pipe.transformer
+        self.kernels = describe_paths(device)
+        self.network: Any = pipe.transformer
         pipe.set_progress_bar_config(disable=True)
         self.layout = TokenLayout(1, 1, 1)
         self.network.register_forward_pre_hook(self._see_layout, with_kwargs=True)
@@ -152,60 +158,91 @@ class WanModel:
                 prompt=prompts[i % len(prompts)], width=size.width, height=size.height, frames=size.frames,
                 fps=size.fps, steps=steps, guidance=size.guidance, seed=i,
             )  # fmt: skip
-            films.append(torch.from_numpy(self.film(inputs, lambda done, of: None)))
+            films.append(torch.from_numpy(self.film(inputs, lambda done, of: None).frames))
             on_sample(i + 1, samples)
         return films
 
     def run(self, inputs: VideoInputs | SceneInputs, folder: Path, on_step: OnStep) -> Outputs:
+        """video.mp4, poster.jpg and run.json."""
         if not isinstance(inputs, VideoInputs):
             raise BadInput("artifact", "this artifact makes videos from prompts; it reconstructs no scenes")
-        frames = self.film(inputs, on_step)
-        video_files.write_mp4(frames, folder / "video.mp4", inputs.fps)
-        video_files.write_poster(frames, folder / "poster.jpg")
-        files = (
-            OutputFile("video.mp4", "video/mp4", folder / "video.mp4"),
-            OutputFile("poster.jpg", "image/jpeg", folder / "poster.jpg"),
+        begun = time.perf_counter()
+        film = self.film(inputs, on_step)
+        video_files.write_mp4(film.frames, folder / "video.mp4", inputs.fps)
+        video_files.write_poster(film.frames, folder / "poster.jpg")
+        seconds = film.seconds | {"total": time.perf_counter() - begun}
+        return Outputs(
+            (
+                OutputFile("video.mp4", "video/mp4", folder / "video.mp4"),
+                OutputFile("poster.jpg", "image/jpeg", folder / "poster.jpg"),
+                run_record.write(folder, inputs, self, seconds, tokens=self.layout.tokens),
+            )
         )
-        return Outputs(files)
 
     @torch.inference_mode()
-    def film(self, inputs: VideoInputs, on_step: OnStep) -> np.ndarray:
-        """uint8 [T, H, W, 3]. The same inputs on the same device give the same film; noise is drawn on the CPU."""
+    def film(self, inputs: VideoInputs, on_step: OnStep) -> Film:
+        """The same inputs on the same device give the same film; noise is drawn on the CPU."""
         self._check(inputs)
         self.attention.start(inputs.steps)
+        clock = Clock()
+        prompt, negative = self.pipe.encode_prompt(
+            inputs.prompt,
+            inputs.negative_prompt,
+            do_classifier_free_guidance=inputs.guidance > 1,
+            max_sequence_length=self.serving.max_tokens,
+        )
+        clock.lap("text")
 
         def stepped(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step + 1, inputs.steps)
             if step + 1 < inputs.steps:
                 self.attention.at(step + 1)
+            else:
+                clock.lap("denoise")
             return tensors
 
         video = self.pipe(
-            prompt=inputs.prompt,
-            negative_prompt=inputs.negative_prompt,
+            prompt_embeds=prompt,
+            negative_prompt_embeds=negative,
             height=inputs.height,
             width=inputs.width,
             num_frames=inputs.frames,
             num_inference_steps=inputs.steps,
             guidance_scale=inputs.guidance,
             generator=torch.Generator("cpu").manual_seed(inputs.seed),
-            max_sequence_length=self.serving.max_tokens,
             callback_on_step_end=stepped,
             output_type="pt",
         ).frames[0]
         if not bool(torch.isfinite(video).all()):
             raise FloatingPointError("the model made values that are not finite")
-        return (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        clock.lap("decode")
+        return Film(frames, clock.seconds)
 
     def _check(self, inputs: VideoInputs) -> None:
-        """What a size would do deep inside the pipeline, said at the door."""
+        """What would end deep inside the pipeline, or be cut unseen, said at the door."""
         size = self.limits()
         for name, value in (("width", inputs.width), ("height", inputs.height)):
             if value % size.size_multiple or not 0 < value <= size.max_side:
                 raise BadInput(name, f"{name} is a multiple of {size.size_multiple} up to {size.max_side}, got {value}")
+        if inputs.width * inputs.height > size.max_pixels:
+            asked = f"{inputs.width}x{inputs.height}"
+            raise BadInput("width", f"width times height is at most {size.max_pixels} pixels, got {asked}")
         if (inputs.frames - 1) % size.frames_step or not 0 < inputs.frames <= size.max_frames:
             wanted = f"{size.frames_step}n + 1 up to {size.max_frames}"
             raise BadInput("frames", f"frames are {wanted}, got {inputs.frames}")
+        if not 0 < inputs.steps <= size.max_steps:
+            raise BadInput("steps", f"steps are 1 to {size.max_steps}, got {inputs.steps}")
+        for name, text in (("prompt", inputs.prompt), ("negative_prompt", inputs.negative_prompt)):
+            tokens = len(self.pipe.tokenizer(text).input_ids)
+            if tokens > self.serving.max_tokens:
+                raise BadInput(name, f"{name} is at most {self.serving.max_tokens} tokens long, got {tokens}")
+
+
+@dataclass(frozen=True)
+class Film:
+    frames: np.ndarray  # uint8 [T, H, W, 3]
+    seconds: dict[str, float]  # text, denoise, decode
 
 
 class Wan:
@@ -219,17 +256,21 @@ class Wan:
         index = folder / "model_index.json"
         return index.is_file() and json.loads(index.read_text()).get("_class_name") == "WanPipeline"
 
-    def load(self, folder: Path, device: str, dtype: torch.dtype) -> WanModel:
+    def load(self, folder: Path, device: str, dtype: torch.dtype | dict[str, torch.dtype]) -> WanModel:
+        for library in (diffusers, transformers):  # their bars would be drawn across ours, and into a worker's log
+            library.utils.logging.disable_progress_bar()
         pipe = WanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        return WanModel(pipe.to(device), Serving.read(folder))
+        return WanModel(pipe.to(device), Serving.read(folder), device)
 
     def open(self, folder: Path, manifest: Manifest, device: str) -> WanModel:
-        model = self.load(folder, device, compute_dtype(device))
-        for block in model.network.blocks:
-            projections = [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
-            if all(isinstance(p, QuantLinear) for p in projections):
-                block.attn1.fused_qkv = fuse(projections)
-                del block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
+        """In bfloat16 where the device multiplies it itself, else in float32.
+
+        On a CPU int8 layers come with float32 around them: there norms and roundings are faster so.
+        """
+        half = torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
+        around = torch.float32 if device == "cpu" and manifest.layers else half
+        model = self.load(folder, device, {"transformer": around, "text_encoder": around, "default": half})
+        fuse_projections(model.network)
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
         return model
@@ -261,19 +302,23 @@ class Wan:
             narrow(part)
         pipe.save_pretrained(folder)
         limits = VideoLimits(
-            size_multiple=16, max_pixels=64 * 96, max_side=96, max_frames=9, max_steps=50, max_prompt=200, width=48,
-            height=32, frames=5, fps=8, steps=3, guidance=2.0,
+            size_multiple=16, max_pixels=64 * 96, max_side=96, max_frames=9, max_steps=50, max_prompt=200, width=96,
+            height=64, frames=9, fps=8, steps=3, guidance=2.0,
         )  # fmt: skip
         write_serving(folder, Serving(limits, networks.MAX_TOKENS, calibration=PROMPTS[:1], judging=PROMPTS[1:2]))
 
 
+def fuse_projections(network: Any) -> None:
+    """Quantized q, k and v of each self-attention become one layer, so that their input is rounded once."""
+    for block in network.blocks:
+        projections = [block.attn1.to_q, block.attn1.to_k, block.attn1.to_v]
+        if all(isinstance(p, QuantLinear) for p in projections):
+            block.attn1.fused_qkv = fuse(projections)
+            del block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
+
+
 def write_serving(folder: Path, serving: Serving) -> None:
     (folder / SERVING).write_text(json.dumps(asdict(serving), indent=1) + "\n")
-
-
-def compute_dtype(device: str) -> torch.dtype:
-    """bfloat16 where this device multiplies it itself, else float32."""
-    return torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
 
 
 def narrow(network: nn.Module) -> None:

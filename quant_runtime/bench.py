@@ -1,7 +1,6 @@
 """python -m quant_runtime.bench NAME: times an op beside its baselines and writes docs/results/NAME-DEVICE.jsonl.
 
-One JSON object a row: {bench, case, metric, value, unit, better, baseline: {name, value}, spread, error, samples,
-command, commit, device, versions}. `value` is a median, `spread` the distance between its quartiles. All runs of a case
+Rows as in quant_runtime/report.py: `value` is a median, `spread` the distance between its quartiles. All runs of a case
 take turns, round after round, so that a busy machine is busy for all of them; on a shared machine read the ratio to the
 baseline and not the milliseconds. `error` is relative, |got - want| / |want|, against float64: on random inputs, and
 with one channel in 64 scaled by 30.
@@ -9,9 +8,6 @@ with one channel in 64 scaled by 30.
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
 import sys
 import time
 from argparse import ArgumentParser
@@ -25,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant_runtime.attention import AttentionPlan, AttentionState, attend, describe_paths
+from quant_runtime import report
+from quant_runtime.attention import AttentionPlan, AttentionState, attend
 from quant_runtime.calibrate import LayerStats
 from quant_runtime.formats import QuantFormat
 from quant_runtime.kernels._cpu import keep_freed_memory
@@ -144,18 +141,12 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
         got = {kind: run.call(x.to(run.dtype)) for kind, x in case.inputs.items()}
         quarters = quantiles(times[name], n=4)
         rows.append(
-            {
-                "case": f"{case.name} {name}",
-                "metric": "time",
-                "value": round(median(times[name]), 4),
-                "unit": "ms",
-                "better": "lower",
-                "baseline": {"name": best, "value": round(median(times[best]), 4)},
-                "spread": round(quarters[2] - quarters[0], 4),
-                "error": {kind: float(f"{_relative(got[kind], wanted[kind]):.3g}") for kind in got},
-                "samples": rounds,
-            }
-        )
+            report.row(
+                f"{case.name} {name}", "time", median(times[name]), "ms", "lower", samples=rounds,
+                baseline=(best, median(times[best])), spread=quarters[2] - quarters[0],
+                error={kind: float(f"{_relative(got[kind], wanted[kind]):.3g}") for kind in got},
+            )
+        )  # fmt: skip
     return rows
 
 
@@ -180,30 +171,6 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def facts(device: torch.device) -> dict[str, Any]:
-    """Where and with what it was measured."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if device.type == "cuda":
-        import triton
-
-        return {"device": torch.cuda.get_device_name(device), "versions": versions | {"triton": triton.__version__}}
-    models = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
-    return {"device": name, "paths": describe_paths(device), "versions": versions}
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
-
-    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-
-
 def main() -> None:
     parser = ArgumentParser(prog="python -m quant_runtime.bench", description="Times an op beside its baselines.")
     parser.add_argument("name", choices=BENCHES)
@@ -214,18 +181,19 @@ def main() -> None:
     device = torch.device(chosen.device)
     torch.manual_seed(0)
     keep_freed_memory()  # for the baselines as for ours
-    command = f"python -m quant_runtime.bench {' '.join(sys.argv[1:])}"
-    same = {"command": command, "commit": _commit(), **facts(device)}
-
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    command = ["python", "-m", "quant_runtime.bench", *sys.argv[1:]]
     path = chosen.out / f"{chosen.name}-{device.type}.jsonl"
-    with torch.inference_mode(), path.open("w") as file:
-        for case in BENCHES[chosen.name](device):
-            for row in measure(case, chosen.rounds):
-                file.write(json.dumps({"bench": chosen.name, **row, **same}) + "\n")
-                against = f"{row['baseline']['value'] / row['value']:5.2f}x {row['baseline']['name']}"
-                print(f"{row['case']:48} {row['value']:9.3f} ms  {against}  {row['error']}")
+    with torch.inference_mode():
+        report.write(path, chosen.name, _rows(chosen.name, device, chosen.rounds), command, device)
     print(path)
+
+
+def _rows(name: str, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
+    for case in BENCHES[name](device):
+        for row in measure(case, rounds):
+            against = f"{row['baseline']['value'] / row['value']:5.2f}x {row['baseline']['name']}"
+            print(f"{row['case']:48} {row['value']:9.3f} ms  {against}  {row['error']}")
+            yield row
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """The command `lowbit`. A command imports what it needs when it runs: `lowbit --help` loads neither torch nor a server.
 
-Serving is here. The offline stage (quantize, inspect), the demo and the benchmarks add their commands to `app` below,
-each a function that reads its options, imports its module and calls it.
+Serving, the offline stage, the demo, the benchmarks: each command reads its options, imports its module and calls it.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,9 +98,99 @@ def worker(
         work(settings, _load, with_parent)
 
 
+# The offline stage
+
+Method = Annotated[str, typer.Option(help="none, rtn, smoothquant or quarot.")]
+Bits = Annotated[str, typer.Option(help="Of weights and activations: w8a8, w4a8, w4a6, w4a4; w16a16 with none.")]
+
+
+@app.command()
+def quantize(
+    source: Annotated[
+        str, typer.Argument(metavar="FAMILY_OR_PATH", help="A checkpoint's folder, or demo-video or demo-scene.")
+    ],
+    out: Annotated[Path, typer.Option(help="The artifact's folder.")],
+    method: Method = "rtn",
+    bits: Bits = "w8a8",
+    sparsity: Annotated[
+        str, typer.Option(help="dense, or POLICY:density with further fields behind commas: topk:0.25,block=64.")
+    ] = "dense",
+    warmup: Annotated[float, typer.Option(help="Fraction of steps, from the first, with dense attention.")] = 0.0,
+    qk_bits: Annotated[int, typer.Option(help="Of q and k in sparse attention: 8 or 16.")] = 8,
+    dense_qk_bits: Annotated[int, typer.Option(help="Of q and k in dense attention: 8 or 16.")] = 16,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Runs to calibrate with.")] = 4,
+    judging_samples: Annotated[int, typer.Option(min=0, help="Runs to measure quality with; 0 measures none.")] = 2,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A field of the method; repeatable.")
+    ] = None,
+    device: Device = None,
+    replace: Annotated[bool, typer.Option(help="Put it in the place of the artifact that is there.")] = False,
+) -> None:
+    """Make a checkpoint into an artifact: calibrate, convert, write, and measure how close it stays."""
+    from rich.console import Console
+
+    console = Console()
+    with _told_in_one_line():
+        from service import offline
+
+        plan = offline.plan(sparsity, warmup, qk_bits, dense_qk_bits)
+        recipe = offline.recipe(method, bits, option or [], plan, calibration_samples, judging_samples)
+        manifest = offline.quantize(source, recipe, out, device or "auto", replace, console)
+        console.print(offline.describe(out, manifest))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="An artifact.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The whole manifest.")] = False,
+) -> None:
+    """What an artifact is made of. Every file's hash is checked."""
+    from rich.console import Console
+
+    with _told_in_one_line():
+        from quant_runtime import artifact
+        from service import offline
+
+        manifest = artifact.read_manifest(folder)
+        artifact.verify(folder, manifest)
+        if as_json:
+            typer.echo(manifest.model_dump_json(indent=1))
+        else:
+            Console().print(offline.describe(folder, manifest))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of what it makes.")] = Path("out/demo"),
+    artifacts: Annotated[Path, typer.Option(help="Folder of the demo's artifacts.")] = Path("artifacts"),
+) -> None:
+    """Both demo models compressed, served, asked over HTTP, and held against themselves in full precision."""
+    with _told_in_one_line():
+        from service import demo as shown
+
+        shown.run(out, artifacts)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="linear, attention: one op. video, scene: a whole demo model.")],
+) -> None:
+    """Time an op or a demo model beside its baselines, and write docs/results/NAME-DEVICE.jsonl."""
+    programs = {"linear": "quant_runtime.bench", "attention": "quant_runtime.bench"}
+    programs |= {kind: f"models.demo.{kind}.bench" for kind in ("video", "scene")}
+    if name not in programs:
+        raise _refused(ValueError(f"no benchmark {name!r}: there are {', '.join(programs)}"))
+    arguments = [name, *context.args] if programs[name] == "quant_runtime.bench" else context.args
+    raise typer.Exit(subprocess.run([sys.executable, "-m", programs[name], *arguments], check=False).returncode)
+
+
 def _load(path: Path, device: str) -> Generator:
-    generator: Generator = importlib.import_module("models.load").load(path, device)  # by name: it brings torch
-    return generator
+    from models.load import load
+    from quant_runtime.kernels._cpu import keep_freed_memory
+
+    keep_freed_memory()
+    return load(path, device)
 
 
 def _settings(**given: Any) -> Settings:
@@ -115,6 +204,17 @@ def _settings(**given: Any) -> Settings:
         raise _refused(error) from error
     logs.configure(settings.log_level)
     return settings
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """An option or a folder that will not do is told without a traceback, and so is a package that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise _refused(ImportError(f"{error}; this needs pip install 'lowbit-serve[worker]'")) from error
+    except (ValueError, OSError) as error:
+        raise _refused(error) from error
 
 
 @contextmanager

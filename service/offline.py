@@ -20,6 +20,7 @@ from quant_runtime import artifact, fields
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import QuantFormat
+from quant_runtime.kernels._cpu import keep_freed_memory
 from quant_runtime.methods import METHODS
 from quant_runtime.sparsity import POLICIES
 
@@ -32,7 +33,7 @@ STAGES = {
 
 
 def recipe(
-    method: str, bits: str, settings: Sequence[str], sparsity: str, warmup: float, calibration: int, judging: int
+    method: str, bits: str, settings: Sequence[str], attention: AttentionPlan, calibration: int, judging: int
 ) -> Recipe:
     """ValueError names the option and what would do."""
     format_ = QuantFormat.parse(bits)
@@ -41,20 +42,21 @@ def recipe(
     return Recipe(
         method=fields.build(METHODS, method, dict(_pair(s) for s in settings)),
         format=format_,
-        attention=plan(sparsity, warmup),
+        attention=attention,
         calibration_samples=calibration,
         judging_samples=judging,
     )
 
 
-def plan(sparsity: str, warmup: float) -> AttentionPlan:
+def plan(sparsity: str, warmup: float, qk_bits: int, dense_qk_bits: int) -> AttentionPlan:
     """`dense`, or POLICY:density with further fields behind commas: `topk:0.25,block=64`."""
     name, _, rest = sparsity.partition(":")
     first, *others = rest.split(",") if rest else [""]
     given = dict(_pair(field) for field in others)
     if first:
         given["density"] = first
-    return AttentionPlan(fields.build(POLICIES, name, given), warmup=warmup)
+    policy = fields.build(POLICIES, name, given)
+    return AttentionPlan(policy, warmup, qk_bits=qk_bits, dense_qk_bits=dense_qk_bits)  # type: ignore[arg-type] # checked there
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -66,6 +68,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def quantize(source: str, made: Recipe, out: Path, device: str, replace: bool, console: Console) -> Manifest:
     """Compress with a bar a stage, and say what came of it."""
+    keep_freed_memory()
     folder = registry.checkpoint(source)
     family = registry.family_of(folder)
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -15,13 +15,16 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
 
-from models.demo.video import networks
+from models import wan
+from models.base import VideoLimits
+from models.demo.video import captions, networks
+from models.wan import Serving
 
 
 def assemble(vae: Path, dit: Path, out: Path) -> None:
     sizes = networks.DEMO
     transformer = networks.transformer(sizes)
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for part in sorted(dit.glob("transformer-*.safetensors")):
         state |= load_file(part)
     transformer.load_state_dict(state)
@@ -37,6 +40,21 @@ def assemble(vae: Path, dit: Path, out: Path) -> None:
     )
     shutil.rmtree(out, ignore_errors=True)
     pipeline.save_pretrained(out)
+    wan.write_serving(out, serving())
+
+
+def serving() -> Serving:
+    """What it was trained on is what it takes: sizes up to its own, prompts of its grammar."""
+    held_out = captions.held_out(seed=12)[torch.tensor([3, 20, 37, 54])]
+    return Serving(
+        limits=VideoLimits(
+            size_multiple=16, max_pixels=320 * 192, max_side=320, max_frames=33, max_steps=50, max_prompt=240,
+            width=320, height=192, frames=33, fps=16, steps=20, guidance=4.0,
+        ),
+        max_tokens=networks.MAX_TOKENS,
+        calibration=tuple(captions.describe(captions.sample(4, seed=11), seed=11)),
+        judging=tuple(captions.describe(held_out, seed=12)),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

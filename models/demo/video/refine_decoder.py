@@ -88,7 +88,7 @@ def refine(recipe: Recipe, start: Path, seconds: float, out: Path, device: str) 
             group["lr"] = recipe.rate * clock.rate
         optimizer.step()
         average.update()
-        sums += torch.tensor([float(pixels), float(gap)])
+        sums += torch.stack((pixels.detach(), gap.detach())).cpu()
         step += 1
         if step % 50 == 0:
             curve.write(step=step, pixels=float(sums[0]) / 50, energy_gap=float(sums[1]) / 50)

@@ -1,0 +1,168 @@
+"""Does the demo video model obey its prompts, does it look like its data, and does it hurt when it is compressed?
+
+    python -m models.demo.video.evaluate obedience [MODEL] --seeds 1
+    python -m models.demo.video.evaluate compression --seeds 3
+
+MODEL is a checkpoint (the shipped one) or an artifact. `obedience`: the 64 held-out triples, a static camera; colour
+and direction are read off the pixels by models/demo/video/measure.py, whose own figures on rendered clips stand beside.
+Gradient energies are ratios to the same captions' rendered clips. `compression`: held-out prompts against full
+precision in float32, same seed; mean over prompts and seeds, `error` the least and the most. Rows as in
+quant_runtime/report.py, into docs/results/demo_video_NAME-DEVICE.jsonl.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import compress, load, registry
+from models.base import VideoInputs
+from models.compress import Recipe
+from models.demo.video import captions, measure, render
+from models.demo.video.captions import Clips
+from models.wan import Wan, WanModel
+from quant_runtime import artifact, quality, report
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.formats import W16A16, QuantFormat
+from quant_runtime.kernels._cpu import cpu_has_bfloat16, keep_freed_memory
+from quant_runtime.methods import Keep, Rtn
+from quant_runtime.sparsity.topk import TopK
+
+
+def opened(folder: Path, device: str) -> WanModel:
+    """An artifact as a worker opens it; a checkpoint in bfloat16 where the device multiplies that itself."""
+    if (folder / artifact.MANIFEST).is_file():
+        model = load.load(folder, device)
+        assert isinstance(model, WanModel)
+        return model
+    half = device != "cpu" or cpu_has_bfloat16()
+    return Wan().load(folder, device, torch.bfloat16 if half else torch.float32)
+
+
+def film(model: WanModel, prompt: str, seed: int) -> Tensor:
+    """uint8 [T, H, W, 3], defaults throughout."""
+    size = model.limits()
+    inputs = VideoInputs(
+        prompt=prompt, width=size.width, height=size.height, frames=size.frames, fps=size.fps, steps=size.steps,
+        guidance=size.guidance, seed=seed,
+    )  # fmt: skip
+    return torch.from_numpy(model.film(inputs, lambda done, of: None).frames)
+
+
+def as_video(frames: Tensor) -> Tensor:
+    """uint8 [T, H, W, 3] to float [1, 3, T, H, W] in [-1, 1], the form of the renderer and of the measuring program."""
+    return frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def right(video: Tensor, clips: Clips) -> tuple[bool, bool]:
+    """Of one clip: is the colour as said, is the direction?"""
+    reading = measure.read(video)
+    return bool(reading.colour == clips.colour[:, 0]), bool(reading.direction == clips.direction)
+
+
+def obedience(model: WanModel, seeds: int, count: int) -> Iterator[dict[str, Any]]:
+    """Of every seed the first `count` of the 64 held-out triples."""
+    size = model.limits()
+    tally: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        tally.setdefault(name, []).append(value)
+
+    for seed in range(seeds):
+        all_clips = captions.held_out(seed)
+        lines = captions.describe(all_clips, seed)
+        for i in range(count):
+            clip, other = (all_clips[slice(n, n + 1)] for n in (i, (i + 29) % len(all_clips)))
+            true = render.render(clip, size.frames, size.height, size.width).cpu()
+            seen, moved = right(true, clip)
+            note("rendered: colour and direction", seen and moved)
+            note("rendered, another's caption", all(right(true, other)))
+            made = as_video(film(model, lines[i], 64 * seed + i))
+            seen, moved = right(made, clip)
+            note("colour", seen)
+            note("direction", moved)
+            note("colour and direction", seen and moved)
+            for name, got, want in zip(
+                ("spatial", "temporal"), measure.gradient_energy(made), measure.gradient_energy(true), strict=True
+            ):
+                note(f"{name} energy", got)
+                note(f"{name} energy, rendered", want)
+            print(f"{seed} {i:2} {'right' if seen and moved else 'wrong'} {lines[i]}", flush=True)
+    for name, values in tally.items():
+        if "energy" not in name:
+            yield report.row("held-out triples", name, 100 * mean(values), "%", "higher", samples=len(values))
+    for name in ("spatial energy", "temporal energy"):
+        got, want = mean(tally[name]), mean(tally[f"{name}, rendered"])
+        yield report.row(
+            "held-out triples", f"{name}, ratio to rendered", got / want, "", "higher", samples=len(tally[name])
+        )
+
+
+RECIPES = {
+    "W8A8 by RTN, dense": Recipe(Rtn(), QuantFormat.parse("w8a8"), judging_samples=0),
+    "W4A4 by RTN, dense": Recipe(Rtn(), QuantFormat.parse("w4a4"), judging_samples=0),
+    "16 bits, 15 % density": Recipe(Keep(), W16A16, AttentionPlan(TopK(0.15), qk_bits=16), judging_samples=0),
+}
+
+
+def compression(checkpoint: Path, device: str, seeds: int, prompts: int, aside: Path) -> Iterator[dict[str, Any]]:
+    """Against full precision: each of RECIPES, bfloat16, and another seed of the same prompt."""
+    model = Wan().load(checkpoint, device, torch.float32)
+    lines = model.serving.judging[:prompts]
+    full = {(line, seed): film(model, line, seed) for line in lines for seed in range(seeds + 1)}
+    cases = [(line, seed) for line in lines for seed in range(seeds)]
+    yield _closeness("another seed", [(full[line, seed], full[line, seed + 1]) for line, seed in cases])
+    del model
+    half = opened(checkpoint, device)
+    yield _closeness("bfloat16", [(full[case], film(half, *case)) for case in cases])
+    del half
+    for number, (name, recipe) in enumerate(RECIPES.items()):
+        folder = aside / str(number)
+        compress.compress(
+            Wan(), checkpoint, recipe, folder, base="demo-video", device=device, on_progress=lambda *_: None
+        )
+        small = load.load(folder, device)
+        assert isinstance(small, WanModel)
+        yield _closeness(name, [(full[case], film(small, *case)) for case in cases])
+
+
+def _closeness(name: str, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    values = [quality.psnr(want, got) for want, got in pairs]
+    print(f"{name:24} {mean(values):6.2f} dB", flush=True)
+    error = {"least": report.rounded(min(values)), "most": report.rounded(max(values))}
+    return report.row(name, "PSNR", mean(values), "dB", "higher", samples=len(values), error=error)
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m models.demo.video.evaluate", description=__doc__)
+    parser.add_argument("name", choices=("obedience", "compression"))
+    parser.add_argument("model", nargs="?", default="demo-video", help="a checkpoint, or for obedience an artifact")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=64, help="of the held-out ones, at most")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    given = parser.parse_args()
+    keep_freed_memory()
+    device = torch.device(given.device)
+    folder = registry.checkpoint(given.model)
+    path = given.out / f"demo_video_{given.name}-{device.type}.jsonl"
+    command = ["python", "-m", "models.demo.video.evaluate", *sys.argv[1:]]
+    with tempfile.TemporaryDirectory() as aside:
+        if given.name == "obedience":
+            found = obedience(opened(folder, given.device), given.seeds, given.prompts)
+        else:
+            found = compression(folder, given.device, given.seeds, given.prompts, Path(aside))
+        report.write(path, f"demo_video_{given.name}", found, command, device)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
