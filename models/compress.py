@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -85,7 +86,7 @@ def _written(
         layers=artifact.layer_records(reports),
         calibration=fingerprint(stats) if stats else None,
         attention=AttentionRecord.of(recipe.attention),
-        serving={"kind": family.kind, "limits": asdict(model.limits())},
+        serving={"kind": family.kind, "limits": json.loads(json.dumps(asdict(model.limits())))},
     )
     return artifact.save(trial, manifest, partial(family.write, model, source)), full
 

@@ -7,20 +7,25 @@ checkpoint's own `config.json`; the defaults are VGGT-1B. The track head is not 
 Numerics: rotary angles, camera head and the last activations are float32 whatever surrounds them; only the tapped
 blocks' outputs are kept. Attention is a callable on each block (`block.attn.attend`), so that a sparse or a quantized
 one takes the place of the dense one without touching the network.
+
+Between parts `forward` calls `on_step`, from which a caller sees how far it is, and may leave by raising.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from torch import Tensor, nn
+
+from quant_runtime.sparsity.base import TokenLayout
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DINOv2 was trained
 ROPE_BASE = 100.0
@@ -72,19 +77,13 @@ class VGGTConfig:
         return 1 + self.registers
 
 
-class Layout(NamedTuple):
-    """How the tokens of an attention lie: `frames` runs of `tokens` each, every run beginning with `special` ones."""
-
-    frames: int
-    tokens: int
-    special: int
+# How the tokens lie; None where they lie on no grid of ours (the encoder, the camera head).
+Attend = Callable[[Tensor, Tensor, Tensor, TokenLayout | None], Tensor]
+OnStep = Callable[[int, int], None]  # (steps done, of how many)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """softmax(q kᵀ / sqrt(head dim)) v. All [n, heads, frames * tokens, head dim], one dtype; strides are free."""
+def dense(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout | None) -> Tensor:
+    """softmax(q kᵀ / sqrt(head dim)) v. All [n, heads, tokens, head dim], one dtype; strides are free."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -167,13 +166,14 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, frames: int = 1, special: int = 0
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, layout: TokenLayout | None = None
     ) -> Tensor:
-        """x [n * frames, tokens, dim]: each run of `frames` rows attends to itself as one sequence."""
+        """x [n * frames, tokens, dim]: each run of `layout.frames` rows attends to itself as one sequence."""
         rows, tokens, dim = x.shape
+        frames = layout.frames if layout else 1
         joined = (rows // frames, frames * tokens, self.attn.heads, -1)
         q, k, v = (part.reshape(joined).transpose(1, 2) for part in self.before(x, rope))
-        attended = self.attn.attend(q, k, v, Layout(frames, tokens, special))
+        attended = self.attn.attend(q, k, v, layout)
         return self.after(x, attended.transpose(1, 2).reshape(rows, tokens, dim))
 
 
@@ -271,25 +271,33 @@ class Aggregator(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, S, 3, H, W] in 0..1 to four taps [B, S, tokens, 2 * dim]: frame block's output, global's."""
+    def forward(self, images: Tensor, on_part: Callable[[], None] | None = None) -> list[Tensor]:
+        """Images [B, S, 3, H, W] in 0..1 to four taps [B, S, tokens, 2 * dim]: frame block's output, global's.
+
+        `on_part` is called after the encoder and after each pair of blocks.
+        """
         batch, frames, _, height, width = images.shape
         special = self.config.special
         x = self.patch_embed((images.flatten(0, 1) - self.mean) / self.std)
+        if on_part is not None:
+            on_part()
         tokens = torch.cat((self.camera_token, self.register_token), dim=2)  # [1, 2, special, dim]
         tokens = torch.cat((tokens[:, :1], tokens[:, 1:].expand(-1, frames - 1, -1, -1)), dim=1)
         tokens = tokens.expand(batch, -1, -1, -1).flatten(0, 1)
         x = torch.cat((tokens.to(x.dtype), x), dim=1)
 
-        patch = self.config.patch_size
+        grid = (height // self.config.patch_size, width // self.config.patch_size)
         head_dim = self.config.embed_dim // self.config.num_heads
-        rope = rope_table(height // patch, width // patch, special, head_dim, x.device)
+        rope = rope_table(*grid, special, head_dim, x.device)
+        one, all_of_them = TokenLayout(1, *grid, special), TokenLayout(frames, *grid, special)
         taps = []
         for index, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):
-            within = frame_block(x, rope, special=special)
-            x = global_block(within, rope, frames=frames, special=special)
+            within = frame_block(x, rope, one)
+            x = global_block(within, rope, all_of_them)
             if index in self.config.taps:
                 taps.append(torch.cat((within, x), dim=-1).unflatten(0, (batch, frames)))
+            if on_part is not None:
+                on_part()
         return taps
 
 
@@ -393,18 +401,27 @@ class DPTHead(nn.Module):
         )
         self.scratch = Scratch(channels, config.dpt_features, out)
 
-    def forward(self, taps: list[Tensor], size: tuple[int, int], patch: int, chunk: int) -> Tensor:
+    def forward(
+        self,
+        taps: list[Tensor],
+        size: tuple[int, int],
+        patch: int,
+        chunk: int,
+        on_part: Callable[[], None] | None = None,
+    ) -> Tensor:
         """Taps [B, S, tokens, 2 * dim] to [B, S, out, H, W], float32, before the last activation.
 
-        `chunk` views are worked on at a time, which bounds memory and changes nothing; 0 is all of them.
+        `chunk` views are worked on at a time, which bounds memory and changes nothing; 0 is all of them. `on_part` is
+        called after each of these.
         """
         batch, frames = taps[0].shape[:2]
         flat = [tap.flatten(0, 1) for tap in taps]
         rows = batch * frames
-        parts = [
-            self._dense([tap[start : start + (chunk or rows)] for tap in flat], size, patch)
-            for start in range(0, rows, chunk or rows)
-        ]
+        parts = []
+        for start in range(0, rows, chunk or rows):
+            parts.append(self._dense([tap[start : start + (chunk or rows)] for tap in flat], size, patch))
+            if on_part is not None:
+                on_part()
         return torch.cat(parts).unflatten(0, (batch, frames))
 
     def _dense(self, taps: list[Tensor], size: tuple[int, int], patch: int) -> Tensor:
@@ -413,8 +430,10 @@ class DPTHead(nn.Module):
         for tap, project, to_scale in zip(taps, self.projects, self.resize_layers, strict=True):
             x = self.norm(tap[:, self.special :].to(self.norm.weight.dtype)).transpose(1, 2).unflatten(2, grid)
             maps.append(to_scale(place_embedded(project(x), size)))
-        x = resize(self.scratch(maps), size)
-        return self.scratch.output_conv2(place_embedded(x, size)).float()
+        conv, relu, last = self.scratch.output_conv2
+        x = relu(conv(place_embedded(resize(self.scratch(maps), size), size)))
+        # In bfloat16 the logarithm of a depth has steps of half a percent: a wall would come out as stairs.
+        return last(x.to(last.weight.dtype)).float()
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -452,32 +471,55 @@ class VGGT(nn.Module):
         self.depth_head = DPTHead(config, out=2)
         self.point_head = DPTHead(config, out=4) if config.point_head else None
 
-    def forward(self, images: Tensor, dense_views: int | None = None, chunk: int = 8) -> Prediction:
+    def forward(
+        self, images: Tensor, dense_views: int | None = None, chunk: int = 8, on_step: OnStep | None = None
+    ) -> Prediction:
         """Images [B, S, 3, H, W] in 0..1 (or [S, 3, H, W], one scene) to a Prediction.
 
         `dense_views` of each scene get depth and points, from the first on (None: all; 0: cameras only, and no maps);
-        the dense heads work on `chunk` views at a time (0: all at once).
+        the dense heads work on `chunk` views at a time (0: all at once). Steps are the encoder, each pair of blocks,
+        the camera head and each chunk of a dense head.
         """
         if images.dim() == 4:
             images = images[None]
         size, patch = (images.shape[-2], images.shape[-1]), self.config.patch_size
         if images.dim() != 5 or images.shape[2] != 3 or size[0] % patch or size[1] % patch or 0 in images.shape:
             raise ValueError(f"images are [B, S, 3, H, W] with H and W multiples of {patch}, got {tuple(images.shape)}")
-        return self.heads(self.aggregator(images), size, dense_views, chunk)
+        on_part = self._counted(on_step, images.shape[0], images.shape[1], dense_views, chunk) if on_step else None
+        return self.heads(self.aggregator(images, on_part), size, dense_views, chunk, on_part)
+
+    def _counted(
+        self, on_step: OnStep, batch: int, frames: int, dense_views: int | None, chunk: int
+    ) -> Callable[[], None]:
+        rows = batch * len(range(frames)[:dense_views])
+        dense_heads = 1 if self.point_head is None else 2
+        steps = 2 + self.config.depth + dense_heads * len(range(0, rows, chunk or rows or 1))
+        done = itertools.count(1)
+        return lambda: on_step(next(done), steps)
 
     def heads(
-        self, taps: list[Tensor], size: tuple[int, int], dense_views: int | None = None, chunk: int = 8
+        self,
+        taps: list[Tensor],
+        size: tuple[int, int],
+        dense_views: int | None = None,
+        chunk: int = 8,
+        on_part: Callable[[], None] | None = None,
     ) -> Prediction:
-        """The taps of `aggregator` for images of `size` (height, width) to a Prediction."""
+        """The taps of `aggregator` for images of `size` (height, width) to a Prediction.
+
+        `on_part` is called after the camera head and after each chunk of a dense head.
+        """
         with torch.autocast(taps[-1].device.type, enabled=False):  # a pose in bf16 would be off by a fifth of a degree
             poses = self.camera_head(taps[-1])
+        if on_part is not None:
+            on_part()
         depth = depth_conf = points = points_conf = None
         if dense_views != 0:
             seen = [tap[:, :dense_views] for tap in taps]
-            log_depth, log_conf = self.depth_head(seen, size, self.config.patch_size, chunk).unbind(2)
+            log_depth, log_conf = self.depth_head(seen, size, self.config.patch_size, chunk, on_part).unbind(2)
             depth, depth_conf = log_depth.exp(), 1 + log_conf.exp()
             if self.point_head is not None:
-                raw = self.point_head(seen, size, self.config.patch_size, chunk)
+                raw = self.point_head(seen, size, self.config.patch_size, chunk, on_part)
                 xyz = raw[:, :, :3].permute(0, 1, 3, 4, 2)
                 points, points_conf = xyz.sign() * xyz.abs().expm1(), 1 + raw[:, :, 3].exp()
         return Prediction(poses, depth, depth_conf, points, points_conf)
@@ -490,8 +532,6 @@ def load(folder: Path | str) -> tuple[VGGT, list[str]]:
     network does not have, and any that it misses, is refused by name. Pickles are read with weights_only.
     """
     folder = Path(folder)
-    given = json.loads((folder / "config.json").read_text())
-    known = {name: value for name, value in given.items() if name in VGGTConfig.__dataclass_fields__}
     if (folder / "model.safetensors").exists():
         from safetensors.torch import load_file
 
@@ -499,10 +539,17 @@ def load(folder: Path | str) -> tuple[VGGT, list[str]]:
     else:
         state = torch.load(folder / "model.pt", map_location="cpu", weights_only=True, mmap=True)
     state = {_bare(key): value for key, value in state.items()}
-    known["point_head"] = any(key.startswith("point_head.") for key in state)
+    config = replace(
+        read_config(folder / "config.json"), point_head=any(key.startswith("point_head.") for key in state)
+    )
     with torch.device("meta"):
-        net = VGGT(VGGTConfig(**known))
+        net = VGGT(config)
     return net, fill(net, state)
+
+
+def read_config(path: Path) -> VGGTConfig:
+    """A checkpoint's or an artifact's `config.json`. Names not ours are passed over: published ones have such."""
+    return TypeAdapter(VGGTConfig).validate_json(path.read_bytes())
 
 
 def fill(net: VGGT, state: Mapping[str, Tensor]) -> list[str]:
@@ -520,9 +567,14 @@ def fill(net: VGGT, state: Mapping[str, Tensor]) -> list[str]:
     if wrong:
         raise ValueError(f"not a VGGT of this config: {len(wrong)} tensors differ, the first: " + "; ".join(wrong[:5]))
     net.load_state_dict(kept, assign=True)
-    for name, values in (("mean", MEAN), ("std", STD)):  # buffers that no checkpoint holds
-        setattr(net.aggregator, name, torch.tensor(values).view(1, 3, 1, 1))
+    fill_constants(net)
     return sorted({key.split(".")[0] for key in left_out})
+
+
+def fill_constants(net: VGGT) -> None:
+    """Give a network that was on the meta device the buffers that no checkpoint holds, on the CPU."""
+    for name, values in (("mean", MEAN), ("std", STD)):
+        setattr(net.aggregator, name, torch.tensor(values).view(1, 3, 1, 1))
 
 
 def save_config(config: VGGTConfig, path: Path) -> None:

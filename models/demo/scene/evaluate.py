@@ -2,10 +2,7 @@
 
     python -m models.demo.scene.evaluate MODEL_FOLDER --scenes 64 --size 224 --out results.jsonl
 
-Poses: AUC@30/15/5 of all pairs of views. A pair's error is the larger of the angle between the relative rotations and
-the angle between the translations' directions, signs ignored; AUC@t is the mean over the thresholds 1..t degrees of the
-share of pairs below; computed in float64, per scene, and averaged over scenes. Depth: AbsRel after one scale per scene,
-the median of true over predicted depth.
+Poses: AUC@30/15/5; depth: AbsRel; both as models/scene_metrics.py has them, per scene, averaged over scenes.
 
 Controls, on the same scenes: the best constant relative pose, searched on training scenes; the model with every later
 view taken from another scene (`another scene`: with that scene's own cameras; `another scene, same cameras`: only the
@@ -26,48 +23,13 @@ from torch import Tensor
 from models import vggt_net
 from models.cameras import decode_pose
 from models.demo.scene import render, scenes, textures
+from models.scene_metrics import abs_rel, auc, pose_errors, relative_poses
 
 THRESHOLDS = (30, 15, 5)
 VIEW_COUNTS = (2, 3, 4, 6, 8)
 Predict = Callable[
     [Tensor], tuple[Tensor, Tensor]
 ]  # images [B, S, 3, H, W] to extrinsics [B, S, 3, 4] and depth [B, S, H, W]
-
-
-def relative_poses(extrinsics: Tensor) -> tuple[Tensor, Tensor]:
-    """Extrinsics [B, S, 3, 4] to rotations [B, pairs, 3, 3], translations [B, pairs, 3] from view i to j > i."""
-    extrinsics = extrinsics.double()
-    i, j = torch.triu_indices(extrinsics.shape[1], extrinsics.shape[1], offset=1)
-    (r_i, t_i), (r_j, t_j) = ((extrinsics[:, k, :, :3], extrinsics[:, k, :, 3:]) for k in (i, j))
-    rotation = r_j @ r_i.transpose(-1, -2)
-    return rotation, (t_j - rotation @ t_i)[..., 0]
-
-
-def pose_errors(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> Tensor:
-    """Degrees, [...]: the larger of rotation error and translation-direction error of relative poses that broadcast."""
-    (r, t), (r_want, t_want) = got, want
-    # ‖R - R'‖ = 2 √2 sin(angle / 2): exact for small angles, where the arc cosine of a trace is not.
-    half_sine = ((r - r_want).flatten(-2).norm(dim=-1) / 8**0.5).clamp(max=1)
-    rotation = torch.rad2deg(2 * torch.asin(half_sine))
-    t, t_want = torch.broadcast_tensors(t, t_want)
-    across = torch.linalg.cross(t, t_want).norm(dim=-1)
-    along = (t * t_want).sum(-1).abs()  # signs ignored
-    translation = torch.rad2deg(torch.atan2(across, along))
-    translation = torch.where(t.norm(dim=-1) > 0, translation, 90.0)  # no direction at all is as wrong as can be
-    return torch.maximum(rotation, translation)
-
-
-def auc(errors: Tensor, threshold: int) -> Tensor:
-    """Errors [..., pairs] in degrees to the mean over 1..threshold of the share of pairs below, [...], in 0..100."""
-    limits = torch.arange(1, threshold + 1, device=errors.device)
-    return (errors[..., None] < limits).double().mean((-1, -2)) * 100
-
-
-def abs_rel(got: Tensor, want: Tensor) -> Tensor:
-    """Depths [B, S, H, W] to the mean relative error of each scene after one scale for it, [B]."""
-    got, want = got.flatten(1).double(), want.flatten(1).double()
-    scale = (want / got).median(dim=1, keepdim=True).values
-    return ((got * scale - want).abs() / want).mean(dim=1)
 
 
 def held_out(
