@@ -252,7 +252,8 @@ ROD = np.array(
 
 def _frustum_mesh(view: View, length: float) -> tuple[np.ndarray, np.ndarray]:
     """The edges as thin square rods, in glTF's camera axes: corners [64, 3], triangles uint16 [96, 3]."""
-    corners, triangles = [], []
+    corners: list[np.ndarray] = []
+    triangles: list[np.ndarray] = []
     for start, end in frustum_lines(view, length) * (1, -1, -1):
         along = (end - start) / np.linalg.norm(end - start)
         side = np.cross(along, np.eye(3)[np.abs(along).argmin()])
@@ -407,7 +408,7 @@ def _seen_from(points: Points, views: Sequence[View], side: int, panel: tuple[in
     focal = height / 2 / math.tan(math.radians(24))
     rotation, centre, distance = _stand(points, views, side, np.array([width, height]) / 2 / focal)
 
-    clouds = [(points.xyz, points.rgb, points.size, 0.0)]
+    clouds: list[Cloud] = [(points.xyz, points.rgb, points.size, 0.0)]
     reach = frustum_length(points, views)
     for index, view in enumerate(views):
         clouds += _frustum_cloud(view, reach, view_colour(index, len(views)))
@@ -439,7 +440,7 @@ def _stand(
     up, centre = up_of(views), _looked_at(points, views)
     away = np.mean([view.centre for view in views], axis=0) - centre
     level = away - (away @ up) * up
-    if np.linalg.norm(level) < 1e-6 * max(np.linalg.norm(away), 1e-9):
+    if np.linalg.norm(level) < 1e-6 * max(float(np.linalg.norm(away)), 1e-9):
         level = -views[0].extrinsics[2, :3] + (views[0].extrinsics[2, :3] @ up) * up
     level /= max(np.linalg.norm(level), 1e-9)
     turn = math.radians(40) * side
@@ -467,10 +468,12 @@ def _looked_at(points: Points, views: Sequence[View]) -> np.ndarray:
     return np.linalg.solve(left, right)
 
 
-def _frustum_cloud(
-    view: View, length: float, tint: tuple[int, int, int]
-) -> list[tuple[np.ndarray, np.ndarray, float, float]]:
-    """A frustum's edges and its picture as (points in the world, colours, their size, their least size in pixels)."""
+# Points in the world, their colours, their size (one for all, or each its own), their least size in pixels.
+Cloud = tuple[np.ndarray, np.ndarray, np.ndarray | float, float]
+
+
+def _frustum_cloud(view: View, length: float, tint: tuple[int, int, int]) -> list[Cloud]:
+    """A frustum's edges, and its picture."""
     lines = frustum_lines(view, length)
     steps = np.linspace(0, 1, 300)[:, None, None]
     edges = (lines[:, 0] * (1 - steps) + lines[:, 1] * steps).reshape(-1, 3)

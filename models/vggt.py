@@ -123,8 +123,14 @@ class VggtModel:
 
         Refuses, with FloatingPointError, to answer what is not finite.
         """
+
+        def done(step: int, of: int) -> None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # a step that is told is a step that is done
+            on_step(step, of)
+
         self.attention.start(steps=1)
-        got: Prediction = self.net(images.to(self.device), chunk=VIEWS_AT_ONCE, on_step=on_step)
+        got: Prediction = self.net(images.to(self.device), chunk=VIEWS_AT_ONCE, on_step=done)
         assert got.depth is not None
         assert got.depth_conf is not None
         if not all(bool(torch.isfinite(part).all()) for part in (got.pose, got.depth, got.depth_conf)):
@@ -139,8 +145,6 @@ class VggtModel:
         clock.append(time.perf_counter())
 
         def stepped(done: int, of: int) -> None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # a step that is told is a step that is done
             if done in (1, 1 + self.net.config.depth):
                 clock.append(time.perf_counter())
             on_step(done, of)

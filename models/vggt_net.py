@@ -376,9 +376,11 @@ class Scratch(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         sides = [getattr(self, f"layer{index}_rn")(x) for index, x in enumerate(maps, start=1)]
         sizes = [(2 * sides[0].shape[2], 2 * sides[0].shape[3]), *(tuple(side.shape[2:]) for side in sides)]
-        x = self.refinenet4(sides[3], None, sizes[3])
-        for index in (3, 2, 1):
-            x = getattr(self, f"refinenet{index}")(x, sides[index - 1], sizes[index - 1])
+        x = None
+        for index in (4, 3, 2, 1):
+            side, size = sides[index - 1], sizes[index - 1]
+            fuse = getattr(self, f"refinenet{index}")
+            x = fuse(side, None, size) if x is None else fuse(x, side, size)
         return self.output_conv1(x)
 
 

@@ -688,13 +688,13 @@ def main() -> None:
         state=arguments.state,
     )
     if arguments.evaluate:
-        figures = evaluate.evaluate(
-            evaluate.predictor(averaged(run)), arguments.evaluate, config.stages[-1].size, arguments.device
+        predict = evaluate.predictor(averaged(run))
+        found = evaluate.evaluate(
+            {arguments.out.name: predict}, arguments.evaluate, config.stages[-1].size, arguments.device
         )
-        with (arguments.out / "results.jsonl").open("a") as file:
-            for name, value in figures.items():
-                print(f"{name}: {value:.3f}", flush=True)
-                file.write(json.dumps({"bench": "vggt_held_out", "metric": name, "value": round(value, 4)}) + "\n")
+        command = ["python", "-m", "models.demo.scene.train", *sys.argv[1:]]
+        device = torch.device(arguments.device)
+        report.write(arguments.out / "results.jsonl", "demo_scene", evaluate.rows(found), command, device)
 
 
 if __name__ == "__main__":
