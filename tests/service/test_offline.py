@@ -1,0 +1,110 @@
+"""A command line's words become a recipe, or an error that names the word."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from models.wan import Wan
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.methods import QuaRot, Rtn
+from quant_runtime.sparsity.dense import Dense
+from quant_runtime.sparsity.topk import TopK
+from service import offline
+from service.cli import app
+
+
+def plan(text: str) -> AttentionPlan:
+    return offline.plan(text, 0.1, 8, 16)
+
+
+def test_a_policy_is_its_name_its_density_and_its_fields():
+    assert plan("dense") == AttentionPlan(Dense(), 0.1)
+    assert plan("topk:0.3") == AttentionPlan(TopK(0.3), 0.1)
+    assert plan("topk") == AttentionPlan(TopK(), 0.1)
+    assert plan("topk:0.3,block=32,first_frame=true") == AttentionPlan(TopK(0.3, 32, True), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("topk:2", "density"), ("topk:0.3,blok=2", "blok"), ("best:0.3", "topk"), ("topk:x", "'x'")],
+)
+def test_a_policy_that_is_none_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        plan(text)
+
+
+def test_fields_of_a_method_are_set_by_name():
+    made = offline.recipe("quarot", "w4a8", ["seed=3", "rounding.clip=mse"], AttentionPlan(), 2, 1)
+    assert made.method == QuaRot(seed=3, rounding=Rtn(clip="mse"))
+    assert str(made.format) == "W4A8"
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "settings", "said"),
+    [
+        ("none", "w4a8", [], "w16a16"),
+        ("rtn", "w16a16", [], "w16a16"),
+        ("gptq", "w4a8", [], "quarot"),
+        ("rtn", "w5", [], "w5"),
+        ("rtn", "w4a8", ["clip"], "NAME=VALUE"),
+        ("rtn", "w4a8", ["clip=best"], "clip"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(method, bits, settings, said):
+    with pytest.raises(ValueError, match=said):
+        offline.recipe(method, bits, settings, AttentionPlan(), 1, 1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An artifact made by the command, and what the command said."""
+    folder = tmp_path_factory.mktemp("offline")
+    Wan().tiny(folder / "tiny")
+    words = ["quantize", str(folder / "tiny"), "--method", "rtn", "--bits", "w4a8", "--out", str(folder / "artifact")]
+    words += ["--calibration-samples", "1", "--judging-samples", "1", "--sparsity", "topk:0.5,block=16"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    return folder / "artifact", done.output
+
+
+def test_quantize_says_what_came_of_it(made):
+    _, said = made
+    assert "quantizing layers" in said
+    assert "× W4A8" in said
+    assert "psnr" in said
+
+
+def test_inspect_gives_the_manifest_as_a_table_or_as_json(made):
+    folder, _ = made
+    shown = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert shown.exit_code == 0
+    assert "topk" in shown.output
+    whole = json.loads(CliRunner().invoke(app, ["inspect", str(folder), "--json"]).output)
+    assert whole == json.loads((folder / "manifest.json").read_text())
+
+
+def test_a_folder_that_is_no_artifact_and_a_checkpoint_that_is_none_are_named(tmp_path, made):
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert (shown.exit_code, "manifest.json" in shown.output) == (2, True)
+    refused = CliRunner().invoke(app, ["quantize", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+    assert (refused.exit_code, "nowhere" in refused.output) == (2, True)
+    refused = CliRunner().invoke(app, ["quantize", str(made[0]), "--out", str(made[0])])
+    assert (refused.exit_code, "exists" in refused.output) == (2, True)
+
+
+def test_an_unknown_field_and_a_changed_file_are_refused_by_name(made, tmp_path):
+    folder, _ = made
+    copy = tmp_path / "copy"
+    for path in sorted(folder.rglob("*")):
+        target = copy / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            target.write_bytes(path.read_bytes())
+    (copy / "serving.json").write_text("{}")
+    assert "serving.json" in CliRunner().invoke(app, ["inspect", str(copy)]).output
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"colour": "red"}))
+    assert "colour" in CliRunner().invoke(app, ["inspect", str(copy)]).output
