@@ -93,9 +93,8 @@ def rows(checkpoint: Path, device: str, rounds: int, views: int, aside: Path) ->
     for name, stages in medians.items():
         baseline = min(BASELINES, key=lambda one: medians[one]["whole pass"]) if name not in BASELINES else "float32"
         for stage, milliseconds in stages.items():
-            print(
-                f"{name:20} {stage:12} {milliseconds:8.1f} ms  {medians[baseline][stage] / milliseconds:5.2f}x {baseline}"
-            )
+            ratio = medians[baseline][stage] / milliseconds
+            print(f"{name:20} {stage:12} {milliseconds:8.1f} ms  {ratio:5.2f}x {baseline}")
             spread = 1e3 * (max(one[stage] for one in times[name]) - min(one[stage] for one in times[name]))
             yield report.row(
                 f"{views} views of {side}x{side}, {name}", stage, milliseconds, "ms", "lower", samples=rounds,
