@@ -436,6 +436,8 @@ class DPTHead(nn.Module):
         x = conv(place_embedded(resize(self.scratch(maps), size), size)).relu_()
         # In bfloat16 the logarithm of a depth has steps of half a percent: a wall would come out as stairs.
         # A 1×1 convolution is a product of matrices, which is faster than the convolutions a CPU has in float32.
+        assert isinstance(last, nn.Conv2d)
+        assert last.bias is not None
         dense = x.permute(0, 2, 3, 1).to(last.weight.dtype) @ last.weight.flatten(1).t() + last.bias
         return dense.permute(0, 3, 1, 2).float()
 
