@@ -31,10 +31,13 @@ def assemble(vae: Path, dit: Path, out: Path) -> None:
     text_encoder = networks.text_encoder(sizes)
     words = load_file(dit / "text_encoder.safetensors")
     text_encoder.load_state_dict(words | {"encoder.embed_tokens.weight": words["shared.weight"]})
+    trained = AutoencoderKLWan.from_pretrained(vae)
+    autoencoder = networks.vae(sizes, trained.config.latents_mean, trained.config.latents_std)
+    autoencoder.load_state_dict(trained.state_dict())  # anew: the trained one's config would say which folder it was in
     pipeline = WanPipeline(
         tokenizer=networks.tokenizer(sizes),
         text_encoder=text_encoder.to(torch.bfloat16),
-        vae=AutoencoderKLWan.from_pretrained(vae, dtype=torch.float16),
+        vae=autoencoder.to(torch.float16),
         scheduler=networks.scheduler(),
         transformer=transformer.to(torch.bfloat16),
     )

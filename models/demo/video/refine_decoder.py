@@ -4,14 +4,15 @@
 
 The encoder stays, so a transformer trained on its latents stays valid. What an L1 loss leaves soft, the edges of what
 moves, is asked for by name: each crop's gradient energies, in space and in time, are to be those of the rendered clip.
-Crops are cut around the moving object.
+Crops are cut around the moving object. What is written lies between the decoder before and after (`share`): the whole
+way sharpens still parts too much.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from models.demo.training import Average, Clock, Curve
 from models.demo.video import captions, render, train_vae, whole_clip
+from quant_runtime.kernels._cpu import cpu_has_bfloat16
 
 BORDER = 16  # pixels at a crop's edge that do not count: there the decoder sees zeros where a whole clip goes on
 
@@ -34,6 +36,8 @@ class Recipe:
     batch: int = 6
     rate: float = 4e-4
     energy: float = 0.15  # weight of the energies beside train_vae's losses
+    share: float = 0.7  # of the way from the decoder before to the decoder after
+    measured: train_vae.Recipe = field(default_factory=train_vae.Recipe)  # whose held-out clips it is measured on
     seed: int = 7
 
 
@@ -46,13 +50,14 @@ def energy_gap(got: Tensor, want: Tensor) -> Tensor:
     return gap / 3
 
 
-def refine(recipe: Recipe, start: Path, seconds: float, out: Path, device: str) -> None:
+def refine(recipe: Recipe, start: Path, seconds: float, out: Path, device: str, steps: int | None = None) -> None:
+    """Writes `out/vae`. `steps` ends it earlier (for tests)."""
     torch.manual_seed(recipe.seed)
     vae = AutoencoderKLWan.from_pretrained(start).float().to(device)
     for p in vae.parameters():
         if p.dim() == 5:
             p.data = p.data.contiguous(memory_format=torch.channels_last_3d)
-    half = contextlib.nullcontext if device == "cpu" and not _cpu_has_bfloat16() else _autocast(device)
+    half = contextlib.nullcontext if device == "cpu" and not cpu_has_bfloat16() else _autocast(device)
     clips = captions.sample(recipe.clips, recipe.seed)
     videos, latents = [], []
     with torch.no_grad(), half():
@@ -63,17 +68,18 @@ def refine(recipe: Recipe, start: Path, seconds: float, out: Path, device: str) 
     learns = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     optimizer = torch.optim.AdamW(learns, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0)
     average = Average(learns, 0.995)
+    before = [p.detach().clone() for p in learns]
     clock = Clock(seconds, warm=0.02, cool=0.5)
     curve = Curve(out / "curve.jsonl", clock)
-    spread = torch.cat(latents).std()
-    step, saved = 0, 0.0
+    scale = torch.cat(latents).std()
+    step = 0
     sums = torch.zeros(2)
-    while clock.progress < 1:
+    while clock.progress < 1 and (steps is None or step < steps):
         rows = torch.randint(recipe.clips, (recipe.batch,)).tolist()
         pairs = [_crop(clips, row, videos[row], latents[row], recipe) for row in rows]
         want = torch.cat([p for p, _ in pairs]).float().div(127.5).sub(1)
         z = torch.cat([q for _, q in pairs])
-        shake = 0.1 * spread * (torch.arange(recipe.batch) % 2)[:, None, None, None, None]
+        shake = 0.1 * scale * (torch.arange(recipe.batch) % 2)[:, None, None, None, None]
         with half():
             got = whole_clip.decode(
                 vae, (z + shake * torch.randn_like(z)).contiguous(memory_format=torch.channels_last_3d)
@@ -93,10 +99,10 @@ def refine(recipe: Recipe, start: Path, seconds: float, out: Path, device: str) 
         if step % 50 == 0:
             curve.write(step=step, pixels=float(sums[0]) / 50, energy_gap=float(sums[1]) / 50)
             sums.zero_()
-        if clock.elapsed - saved > 900:
-            saved = clock.elapsed
-            train_vae.save(vae, average, train_vae.Recipe(), out, device, curve)
-    train_vae.save(vae, average, train_vae.Recipe(), out, device, curve)
+    torch._foreach_lerp_(average.mean, before, 1 - recipe.share)
+    config = vae.config  # a transformer was trained on latents of this mean and spread
+    kept = (config.latents_mean, config.latents_std)
+    train_vae.save(vae, average, recipe.measured, out, device, curve, kept)
 
 
 def _crop(clips: captions.Clips, row: int, video: Tensor, latents: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -115,10 +121,6 @@ def _crop(clips: captions.Clips, row: int, video: Tensor, latents: Tensor, recip
 
 def _autocast(device: str):
     return lambda: torch.autocast(device.split(":")[0], torch.bfloat16)
-
-
-def _cpu_has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 if __name__ == "__main__":

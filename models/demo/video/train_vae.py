@@ -33,12 +33,13 @@ class Recipe:
     width: int = 320
     crop: tuple[int, int] = (128, 160)
     clips: int = 8  # rendered a step; two crops are cut from each
+    pool: int = 10**5  # steps after which the clips, not their crops, come again
     rate: float = 2e-3
     kl: float = 1e-4
     seed: int = 0
 
 
-TINY = Recipe(sizes=networks.TINY, frames=5, height=48, width=80, crop=(32, 32), clips=2, rate=5e-3)
+TINY = Recipe(sizes=networks.TINY, frames=5, height=48, width=80, crop=(48, 80), clips=2, pool=1, rate=1e-2)
 
 
 def losses(got: Tensor, want: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def train(
     logged, step, counted, saved = [], 0, 0, 0.0
     running = torch.zeros((), device=device)
     while clock.progress < 1 and (steps is None or step < steps):
-        clips = captions.sample(recipe.clips, seed=recipe.seed * 10**5 + step)
+        clips = captions.sample(recipe.clips, seed=recipe.seed * 10**5 + step % recipe.pool)
         with torch.no_grad():
             rendered = render.render(clips, recipe.frames, recipe.height, recipe.width, device)
             cuts = []
@@ -130,8 +131,19 @@ def train(
 
 
 @torch.no_grad()
-def save(vae: torch.nn.Module, average: Average, recipe: Recipe, out: Path, device: str, curve: Curve) -> None:
-    """Measure the averaged weights on held-out whole clips and write them as `out/vae`."""
+def save(
+    vae: torch.nn.Module,
+    average: Average,
+    recipe: Recipe,
+    out: Path,
+    device: str,
+    curve: Curve,
+    spread: tuple[list[float], list[float]] | None = None,
+) -> None:
+    """Measure the averaged weights on held-out whole clips and write them as `out/vae`.
+
+    `spread` is the latents' mean and spread, channel by channel, where they are to stay what they were.
+    """
     average.swap()
     frames = recipe.frames if recipe.sizes == networks.TINY else 33
     means, errors, energies = [], [], []
@@ -146,12 +158,9 @@ def save(vae: torch.nn.Module, average: Average, recipe: Recipe, out: Path, devi
         energies.append(torch.stack([_energy(got) / _energy(video)]))
     psnr = float((10 * torch.log10(4 / torch.cat(errors))).mean())
     latents = torch.cat(means)
-    config = {
-        "mean": latents.mean(dim=(0, 2, 3, 4)).tolist(),
-        "std": latents.std(dim=(0, 2, 3, 4)).tolist(),
-    }
+    measured = latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()
     curve.write(held_out_psnr=psnr, energy=torch.cat(energies).mean(0).tolist(), spread=float(latents.std()))
-    finished = networks.vae(recipe.sizes, config["mean"], config["std"])
+    finished = networks.vae(recipe.sizes, *(spread or measured))
     finished.load_state_dict({k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()})
     finished.to(torch.float16).save_pretrained(out / "vae")
     average.swap()
