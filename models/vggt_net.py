@@ -178,7 +178,7 @@ class Block(nn.Module):
 
 
 def rope_table(height: int, width: int, special: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [special + height * width, 1, 2, head_dim / 4]: token, head, axis (y, x), frequency.
+    """Each channel's cosine and signed sine, as `rotate` takes them: float32 [special + height * width, 1, head_dim].
 
     Special tokens stand at (0, 0), patches at (row + 1, column + 1).
     """
@@ -187,8 +187,9 @@ def rope_table(height: int, width: int, special: int, head_dim: int, device: tor
     places = F.pad(torch.stack((rows, columns), dim=-1).float(), (0, 0, special, 0))
     count = head_dim // 4
     frequencies = ROPE_BASE ** (-torch.arange(count, device=device, dtype=torch.float32) / count)
-    angles = (places[:, :, None] * frequencies)[:, None]
-    return angles.cos(), angles.sin()
+    angles = (places[:, :, None] * frequencies)[:, None]  # [tokens, 1, axis (y, x), frequency]
+    cosines, sines = angles.cos(), angles.sin()
+    return torch.cat((cosines, cosines), dim=-1).flatten(-2), torch.cat((-sines, sines), dim=-1).flatten(-2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -196,8 +197,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x [..., tokens, heads, head dim]; in each half, channel i pairs with channel i + a quarter of the head.
     """
-    a, b = x.float().unflatten(-1, (2, 2, -1)).unbind(-2)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-2).flatten(-3)
+    x = x.float()
+    partner = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
+    return torch.addcmul(x * cos, partner, sin)
 
 
 class PatchEmbed(nn.Module):
