@@ -42,7 +42,7 @@ class QuantLinear(nn.Module):
     Scales are buffers of integers that hold the bits of floats: `module.to(torch.bfloat16)`, and a loader told to load
     in bfloat16, cast every float that they find.
 
-        qweight        int8 [N, K], or uint8 [N, ceil(K/2)] for 4 bits      weight_scale  int32 [N], the bits of float32
+        qweight        int8 [N, K], or uint8 [N, ceil(K/2)] for 4 bits     weight_scale  int16 [N], the bits of bfloat16
         input_factor   int16 [K], the bits of bfloat16, or None             input_signs   int8 [K], 1 and -1, or None
         bias           a float parameter [N], or None
     """
@@ -69,7 +69,7 @@ class QuantLinear(nn.Module):
         weight_type = torch.int8 if bits == 8 else torch.uint8
         empty = torch.empty(packed_shape(out_features, in_features, bits), dtype=weight_type, device=device)
         self.register_buffer("qweight", empty)
-        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.int32, device=device))
+        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.int16, device=device))
         factor = torch.empty(in_features, dtype=torch.int16, device=device) if spec.scaled else None
         self.register_buffer("input_factor", factor)
         signs = torch.empty(in_features, dtype=torch.int8, device=device) if spec.rotation else None
@@ -89,14 +89,15 @@ class QuantLinear(nn.Module):
         factor: Tensor | None = None,
         signs: Tensor | None = None,
     ) -> QuantLinear:
-        """The layer of whole weights int8 [N, K] and scale float32 [N]; factor is bfloat16 [K], signs int8 [K]."""
+        """The layer of whole weights int8 [N, K] and scale bfloat16 [N]; factor is bfloat16 [K], signs int8 [K]."""
         if (factor is not None) != spec.scaled or (signs is not None) != bool(spec.rotation):
             raise ValueError(f"factor and signs come with the spec that asks for them; got {spec}")
-        if factor is not None and factor.dtype != torch.bfloat16:
-            raise ValueError(f"factor is bfloat16, so that it is stored as it was applied; got {factor.dtype}")
+        for name, tensor in (("scale", scale), ("factor", factor)):
+            if tensor is not None and tensor.dtype != torch.bfloat16:
+                raise ValueError(f"{name} is bfloat16, so that it is stored as it was applied; got {tensor.dtype}")
         layer = cls(whole.shape[1], whole.shape[0], spec, bias=bias is not None, device="meta")
         layer.qweight = pack(whole, spec.format.weight_bits)
-        layer.weight_scale = scale.float().contiguous().view(torch.int32)
+        layer.weight_scale = scale.contiguous().view(torch.int16)
         layer.input_factor = None if factor is None else factor.contiguous().view(torch.int16)
         layer.input_signs = signs
         if bias is not None:
@@ -110,7 +111,7 @@ class QuantLinear(nn.Module):
         else:
             q, scale = rounding.quantize_rows(rows, bits, self._factor())
         multiply = linear_w8a8 if self.spec.format.weight_bits == 8 else linear_w4a8
-        y = multiply(q, self.qweight, scale, self.weight_scale.view(torch.float32), self.bias, x.dtype)
+        y = multiply(q, self.qweight, scale, self._scale(), self.bias, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def fake_quant_forward(self, x: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class QuantLinear(nn.Module):
     def dequantized(self) -> Tensor:
         """The stored weights as float32 [N, K]: of the rotated and scaled input."""
         w = self.qweight if self.spec.format.weight_bits == 8 else unpack_w4(self.qweight, self.in_features)
-        return w * self.weight_scale.view(torch.float32)[:, None]
+        return w * self._scale()[:, None]
 
     def effective_weight(self) -> Tensor:
         """The stored weights as float32 [N, K], as they would stand in the layer that this one replaced."""
@@ -140,7 +141,9 @@ class QuantLinear(nn.Module):
         return hadamard(w, torch.ones_like(self.input_signs), self.spec.rotation) * self.input_signs
 
     def stored_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+        """In a file. A bias is written in the 16 bits that the checkpoint had, whatever it is computed in."""
+        state = self.state_dict().values()
+        return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in state)
 
     def extra_repr(self) -> str:
         turned = f", rotation={self.spec.rotation}" if self.spec.rotation else ""
@@ -148,6 +151,9 @@ class QuantLinear(nn.Module):
         return (
             f"{self.in_features}, {self.out_features}, {self.spec.format}{turned}{scaled}, bias={self.bias is not None}"
         )
+
+    def _scale(self) -> Tensor:
+        return self.weight_scale.view(torch.bfloat16).float()
 
     def _factor(self) -> Tensor | None:
         return None if self.input_factor is None else self.input_factor.view(torch.bfloat16).float()

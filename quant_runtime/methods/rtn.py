@@ -35,18 +35,18 @@ class Rtn:
         return QuantLinear.of(whole, scale, LinearSpec(fmt), layer.bias)
 
     def round_weight(self, weight: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
-        """Float weights [N, K] to whole ones, int8 [N, K], and their scale, float32 [N]."""
+        """Float weights [N, K] to whole ones, int8 [N, K], and their scale, bfloat16 [N]: rounded before they are."""
         weight = weight.float()
-        full = weight.abs().amax(dim=1).clamp(min=TINY) / fmt.weight_top
+        full = (weight.abs().amax(dim=1).clamp(min=TINY) / fmt.weight_top).bfloat16().float()
         if self.clip == "absmax":
-            return _rounded(weight, full, fmt.weight_top).to(torch.int8), full
+            return _rounded(weight, full, fmt.weight_top).to(torch.int8), full.bfloat16()
 
         scale, least = full, torch.full_like(full, torch.inf)
         for fraction in CLIPS:
-            tried = full * fraction
+            tried = (full * fraction).bfloat16().float()
             error = (_rounded(weight, tried, fmt.weight_top) * tried[:, None] - weight).square().sum(dim=1)
             scale, least = torch.where(error < least, tried, scale), torch.minimum(error, least)
-        return _rounded(weight, scale, fmt.weight_top).to(torch.int8), scale
+        return _rounded(weight, scale, fmt.weight_top).to(torch.int8), scale.bfloat16()
 
 
 def _rounded(weight: Tensor, scale: Tensor, top: int) -> Tensor:
