@@ -178,7 +178,7 @@ class Block(nn.Module):
 
 
 def rope_table(height: int, width: int, special: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [special + height * width, 1, 2, head_dim / 4]: token, head, axis (y, x), frequency.
+    """Each channel's cosine and signed sine, as `rotate` takes them: float32 [special + height * width, 1, head_dim].
 
     Special tokens stand at (0, 0), patches at (row + 1, column + 1).
     """
@@ -187,8 +187,9 @@ def rope_table(height: int, width: int, special: int, head_dim: int, device: tor
     places = F.pad(torch.stack((rows, columns), dim=-1).float(), (0, 0, special, 0))
     count = head_dim // 4
     frequencies = ROPE_BASE ** (-torch.arange(count, device=device, dtype=torch.float32) / count)
-    angles = (places[:, :, None] * frequencies)[:, None]
-    return angles.cos(), angles.sin()
+    angles = (places[:, :, None] * frequencies)[:, None]  # [tokens, 1, axis (y, x), frequency]
+    cosines, sines = angles.cos(), angles.sin()
+    return torch.cat((cosines, cosines), dim=-1).flatten(-2), torch.cat((-sines, sines), dim=-1).flatten(-2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -196,8 +197,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x [..., tokens, heads, head dim]; in each half, channel i pairs with channel i + a quarter of the head.
     """
-    a, b = x.float().unflatten(-1, (2, 2, -1)).unbind(-2)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-2).flatten(-3)
+    x = x.float()
+    partner = x.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
+    return torch.addcmul(x * cos, partner, sin)
 
 
 class PatchEmbed(nn.Module):
@@ -432,10 +434,14 @@ class DPTHead(nn.Module):
         for tap, project, to_scale in zip(taps, self.projects, self.resize_layers, strict=True):
             x = self.norm(tap[:, self.special :].to(self.norm.weight.dtype)).transpose(1, 2).unflatten(2, grid)
             maps.append(to_scale(place_embedded(project(x), size)))
-        conv, relu, last = self.scratch.output_conv2
-        x = relu(conv(place_embedded(resize(self.scratch(maps), size), size)))
+        conv, _, last = self.scratch.output_conv2
+        x = conv(place_embedded(resize(self.scratch(maps), size), size)).relu_()
         # In bfloat16 the logarithm of a depth has steps of half a percent: a wall would come out as stairs.
-        return last(x.to(last.weight.dtype)).float()
+        # A 1×1 convolution is a product of matrices, which is faster than the convolutions a CPU has in float32.
+        assert isinstance(last, nn.Conv2d)
+        assert last.bias is not None
+        dense = x.permute(0, 2, 3, 1).to(last.weight.dtype) @ last.weight.flatten(1).t() + last.bias
+        return dense.permute(0, 3, 1, 2).float()
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -456,10 +462,11 @@ def place_embedded(x: Tensor, image: tuple[int, int]) -> Tensor:
     for side, extent in ((width, aspect / diagonal), (height, 1 / diagonal)):
         edge = extent * (side - 1) / side
         places = torch.linspace(-edge, edge, side, device=x.device, dtype=torch.float64)
-        angles = rate[:, None] * places
-        halves.append((torch.cat((angles.sin(), angles.cos())) * 0.1).to(x.dtype))
+        angles = places[:, None] * rate
+        halves.append((torch.cat((angles.sin(), angles.cos()), dim=1) * 0.1).to(x.dtype))
     across, down = halves
-    return x + torch.cat((across[:, None, :].expand(-1, height, -1), down[:, :, None].expand(-1, -1, width)))
+    table = torch.cat((across.expand(height, -1, -1), down[:, None].expand(-1, width, -1)), dim=2)
+    return x + table.permute(2, 0, 1)  # channels last, as x lies where it is to be fast
 
 
 class VGGT(nn.Module):

@@ -187,9 +187,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     given = parser.parse_args()
     folders = {name: registry.checkpoint(name) for name in given.models}
-    predictors = {
-        folder.name if folder == Path(name) else name: opened(folder, given.device) for name, folder in folders.items()
-    }
+    predictors = {Path(name).name: opened(folder, given.device) for name, folder in folders.items()}
     found = evaluate(predictors, given.scenes, given.size, given.device, given.seed)
     device = torch.device(given.device)
     path = given.out / f"demo_scene-{device.type}.jsonl"

@@ -8,6 +8,8 @@ docstrings in `skimage.data`:
     brick, grass, gravel          CC0Textures, CC0             retina                  Wikimedia Commons, CC0
     camera                        Lav Varshney, CC0            chelsea                 Stefan van der Walt, CC0
     coffee                        Rachel Michetti, CC0         immunohistochemistry    no known copyright restrictions
+
+models/demo/photographs has larger crops of some of the same; the shipped weights were trained on these tiles.
 """
 
 from __future__ import annotations

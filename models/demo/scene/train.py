@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 import types
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 from models.cameras import encode_pose, relative_to_first, unproject
 from models.demo.scene import evaluate, render, scenes, textures
 from models.vggt_net import VGGT, Block, LayerScale, Prediction, VGGTConfig, load, save_config
+from quant_runtime import report
 
 DEMO = VGGTConfig(
     img_size=224,

@@ -43,9 +43,13 @@ def test_an_oracle_scores_full_marks_and_the_controls_do_not():
         extrinsics, depth = (torch.stack(part).unflatten(0, images.shape[:2]) for part in zip(*answers, strict=True))
         return extrinsics, depth
 
-    figures = evaluate.evaluate(predict, 4, size, view_counts=(3,))
+    found = evaluate.evaluate({"oracle": predict, "again": predict}, 4, size, view_counts=(3,))
+    figures = {name: figure.value for name, figure in found["oracle"].items()}
     assert figures["auc30"] == figures["auc5"] == 100
     assert figures["absrel"] == 0
     assert figures["absrel constant depth"] > 0.2
     assert figures["auc30 another scene"] < 40
-    assert figures["auc30 another scene, same cameras"] < 40
+    assert figures["auc30 first view of another scene"] < 40
+    assert found["again"].keys() < found["oracle"].keys()
+    (row,) = (row for row in evaluate.rows(found) if row["case"] == "again" and row["metric"] == "auc5")
+    assert (row["value"], row["baseline"], row["samples"]) == (100, {"name": "oracle", "value": 100}, 4)
