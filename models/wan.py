@@ -22,11 +22,11 @@ from torch import Tensor, nn
 import quant_runtime.diffusers
 from models import run_record, video_files
 from models.base import BadInput, Kind, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
+from models.precision import fast_float
 from models.run_record import Clock
 from quant_runtime import artifact, quality
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, attend, describe_paths
-from quant_runtime.kernels._cpu import cpu_has_bfloat16
 from quant_runtime.linear import QuantLinear, fuse
 from quant_runtime.sparsity.base import TokenLayout
 
@@ -267,7 +267,7 @@ class Wan:
 
         On a CPU int8 layers come with float32 around them: there norms and roundings are faster so.
         """
-        half = torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
+        half = fast_float(device)
         around = torch.float32 if device == "cpu" and manifest.layers else half
         model = self.load(folder, device, {"transformer": around, "text_encoder": around, "default": half})
         fuse_projections(model.network)

@@ -235,6 +235,9 @@ def _refused(error: Exception) -> typer.Exit:
 
 
 def main() -> None:
+    # OpenMP's threads spin while they wait. By default so long that two programs on the same cores slow each other down
+    # tenfold and more; shorter costs nothing where cores are free. It is read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     app()
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 
+# Threads that wait for each other spin; where other programs want the same cores, a test of a second takes minutes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch brings OpenMP
+
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 if HAS_TORCH:

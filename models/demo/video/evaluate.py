@@ -28,11 +28,12 @@ from models.base import VideoInputs
 from models.compress import Recipe
 from models.demo.video import captions, measure, render
 from models.demo.video.captions import Clips
+from models.precision import fast_float
 from models.wan import Wan, WanModel
 from quant_runtime import artifact, quality, report
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W16A16, QuantFormat
-from quant_runtime.kernels._cpu import cpu_has_bfloat16, keep_freed_memory
+from quant_runtime.kernels._cpu import keep_freed_memory
 from quant_runtime.methods import Keep, Rtn
 from quant_runtime.sparsity.topk import TopK
 
@@ -43,8 +44,7 @@ def opened(folder: Path, device: str) -> WanModel:
         model = load.load(folder, device)
         assert isinstance(model, WanModel)
         return model
-    half = device != "cpu" or cpu_has_bfloat16()
-    return Wan().load(folder, device, torch.bfloat16 if half else torch.float32)
+    return Wan().load(folder, device, fast_float(device))
 
 
 def film(model: WanModel, prompt: str, seed: int) -> Tensor:
