@@ -48,8 +48,8 @@ def row(
 
 
 def rounded(value: float) -> float:
-    """Five significant digits: more than any of these figures has."""
-    return float(f"{value:.5g}")
+    """Five significant digits, more than any measured figure has; what was counted stays as it is."""
+    return value if isinstance(value, int) else float(f"{value:.5g}")
 
 
 def write(path: Path, bench: str, rows: Iterable[dict[str, Any]], command: list[str], device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """python -m quant_runtime.tables FILE.md ...: writes the measured figures into a text, from the rows in docs/results/.
 
 What stands between `<!-- figures: NAME -->` and `<!-- /figures -->` becomes the table of docs/results/NAME.jsonl, with
-the command, commit and device of its rows below it. `--check` writes nothing and fails where a table is not current.
+the command, commit and device of its rows below it; `<!-- figures: NAME: one metric, another -->` takes the rows of
+these metrics alone. `--check` writes nothing and fails where a table is not current.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-PLACE = re.compile(r"<!-- figures: (?P<name>[\w-]+) -->\n.*?<!-- /figures -->", re.DOTALL)
+PLACE = re.compile(
+    r"<!-- figures: (?P<asked>(?P<name>[\w-]+)(: (?P<metrics>[^>]+?))?) -->\n.*?<!-- /figures -->", re.DOTALL
+)
 RESULTS = Path("docs/results")
 
 
 def filled(text: str, results: Path) -> str:
     """The text with every table as its rows say. Raises FileNotFoundError for a name without a file."""
-    return PLACE.sub(lambda found: _section(found["name"], results), text)
+    return PLACE.sub(lambda found: _section(found, results), text)
 
 
-def _section(name: str, results: Path) -> str:
-    rows = [json.loads(line) for line in (results / f"{name}.jsonl").read_text().splitlines()]
-    return f"<!-- figures: {name} -->\n{table(rows)}\n\n{_source(rows)}\n<!-- /figures -->"
+def _section(found: re.Match[str], results: Path) -> str:
+    rows = [json.loads(line) for line in (results / f"{found['name']}.jsonl").read_text().splitlines()]
+    if found["metrics"]:
+        rows = [row for row in rows if row["metric"] in found["metrics"].split(", ")]
+    return f"<!-- figures: {found['asked']} -->\n{table(rows)}\n\n{_source(rows)}\n<!-- /figures -->"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

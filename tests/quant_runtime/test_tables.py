@@ -33,6 +33,13 @@ def test_a_table_stands_between_its_marks_and_all_else_stays(results):
     assert tables.filled(text, results) == text
 
 
+def test_a_place_may_ask_for_some_metrics(results):
+    text = tables.filled(TEXT.replace("speed-cpu", "speed-cpu: colour, shape"), results)
+    assert "held out" in text
+    assert "loop" not in text
+    assert tables.filled(text, results) == text
+
+
 def test_a_name_without_rows_is_an_error(results):
     with pytest.raises(FileNotFoundError, match="other"):
         tables.filled("<!-- figures: other -->\n<!-- /figures -->", results)

@@ -41,6 +41,7 @@ STAGES = ("encoder", "aggregator", "heads")
 INT8 = AttentionPlan(dense_qk_bits=8)
 RECIPES = {
     "W8A8 rtn": Recipe(Rtn(), QuantFormat.parse("w8a8"), INT8, judging_samples=0),
+    "W4A8 rtn": Recipe(Rtn(), QuantFormat.parse("w4a8"), INT8, judging_samples=0),
     "W4A8 smoothquant": Recipe(SmoothQuant(), QuantFormat.parse("w4a8"), INT8, judging_samples=0),
     "W4A8 quarot": Recipe(QuaRot(), QuantFormat.parse("w4a8"), INT8, judging_samples=0),
 }
