@@ -29,7 +29,7 @@ from rich.table import Table
 from models import video_files
 from models.demo.scene import pictures
 
-PROMPT = "a red star moves right over coffee, static camera"
+PROMPT = "a cyan star moves right over coffee, static camera"
 SEED = 3
 VIEWS = 6
 READY_SECONDS = 120
@@ -61,10 +61,10 @@ VIDEO = Comparison(
     kind="video",
     full=Side("demo-video", "demo-video", FULL),
     compressed=Side(
-        "demo-video-w4a8",
+        "demo-video-w8a8",
         "demo-video",
-        ("--method", "quarot", "--bits", "w4a8", "--sparsity", "topk:0.25", "--dense-qk-bits", "8",
-         "--warmup", "0.1", "--calibration-samples", "2", "--judging-samples", "1"),
+        ("--method", "rtn", "--bits", "w8a8", "--sparsity", "topk:0.25", "--warmup", "0.3", "--dense-qk-bits", "8",
+         "--calibration-samples", "1", "--judging-samples", "2"),
     ),
     quality="psnr",
     file="transformer/diffusion_pytorch_model.safetensors",
