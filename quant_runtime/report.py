@@ -18,6 +18,7 @@ import torch
 
 from quant_runtime.attention import describe_paths
 
+CODE = (":(top)", ":(top,exclude)docs", ":(top,exclude)*.md")
 Better = Literal["lower", "higher"]
 
 
@@ -75,13 +76,16 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the code that runs, `+changes` where tracked files differ from it; empty outside a repository."""
+    """The commit of the code that runs, `+changes` where its files differ from it; empty outside a repository.
+
+    Texts and results do not count: a measurement that writes the next line of its own results is no change of code.
+    """
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=False).stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", "--", *CODE) else "")
 
 
 def _cpuinfo() -> list[str]:

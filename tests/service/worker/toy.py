@@ -46,7 +46,7 @@ class Toy:
                 _misbehave(inputs.prompt)
             on_step(step + 1, inputs.steps)
         (folder / "video.mp4").write_bytes(film_of(inputs.prompt, inputs.seed, inputs.steps))
-        return Outputs((OutputFile("video.mp4", "video/mp4", folder / "video.mp4"),), {"points": 1})
+        return Outputs((OutputFile("video.mp4", "video/mp4", folder / "video.mp4"),))
 
 
 def _misbehave(prompt: str) -> None:
