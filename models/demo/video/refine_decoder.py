@@ -36,7 +36,7 @@ class Recipe:
     batch: int = 6
     rate: float = 4e-4
     energy: float = 0.15  # weight of the energies beside train_vae's losses
-    share: float = 0.7  # of the way from the decoder before to the decoder after
+    share: float = 0.3  # of the way from the decoder before to the decoder after
     measured: train_vae.Recipe = field(default_factory=train_vae.Recipe)  # whose held-out clips it is measured on
     seed: int = 7
 
