@@ -85,7 +85,8 @@ def commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=False).stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", "--", *CODE) else "")
+    changed = git("status", "--porcelain", "-uno", "--", *CODE)
+    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
 
 
 def _cpuinfo() -> list[str]:
