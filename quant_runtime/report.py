@@ -54,13 +54,15 @@ def rounded(value: float) -> float:
 
 
 def write(path: Path, bench: str, rows: Iterable[dict[str, Any]], command: list[str], device: torch.device) -> None:
-    """The rows as `path`, which is replaced; each is written as it comes."""
+    """The rows as `path`, which is replaced once the last of them has come."""
     same = {"command": shlex.join(command), "commit": commit(), **facts(device)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    part = path.with_suffix(".part")
+    with part.open("w") as file:
         for one in rows:
             file.write(json.dumps({"bench": bench, **one, **same}) + "\n")
             file.flush()
+    part.replace(path)
 
 
 def facts(device: torch.device) -> dict[str, Any]:
