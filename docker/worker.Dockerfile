@@ -9,7 +9,7 @@ WORKDIR /src
 COPY constraints.txt ./
 RUN python -m venv /app && /app/bin/pip install --no-cache-dir --disable-pip-version-check \
   --index-url "${TORCH_INDEX}" "$(grep '^torch==' constraints.txt)"
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY service service
 COPY models models
 COPY quant_runtime quant_runtime

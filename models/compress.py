@@ -26,7 +26,7 @@ OnProgress = Callable[[str, int, int], None]  # (what is being done, how much of
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is compressed. A value: what it says is written into the manifest."""
+    """How a checkpoint is compressed. A value."""
 
     method: Method = field(default_factory=Rtn)
     format: QuantFormat = W16A16
@@ -50,8 +50,7 @@ def compress(
 
     Quality is measured on the artifact as a worker opens it, against the checkpoint in float32.
     """
-    if out.exists() and not replace:
-        raise FileExistsError(f"{out} exists: choose another name, or say that it is to be replaced")
+    artifact.check_free(out, replace)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.judged-") as aside:
         trial = Path(aside) / "artifact"

@@ -36,7 +36,9 @@ def checkpoint(name: str) -> Path:
 
 
 def family_of(folder: Path) -> Family:
-    """The family that recognizes a checkpoint's folder."""
+    """The family that recognizes a checkpoint's folder. Refuses an artifact: it was a checkpoint."""
+    if (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} is an artifact: quantize the checkpoint that it was made from")
     for name in FAMILIES:
         found = family(name)
         if found.recognizes(folder):

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import diffusers
 import numpy as np
+import pydantic
 import torch
 import transformers
 from diffusers import WanPipeline
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import quant_runtime.diffusers
@@ -47,28 +49,35 @@ WAN_LIMITS = VideoLimits(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Serving:
+_STRICT = pydantic.ConfigDict(extra="forbid")
+_Prompts = Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
+class _Limits(VideoLimits):
+    """Checked."""
+
+
+class Serving(pydantic.BaseModel):
     """What a checkpoint is run with. The defaults are Wan 2.1's."""
 
-    limits: VideoLimits = WAN_LIMITS
-    max_tokens: int = 512  # prompts are padded to it, and cut there
-    calibration: tuple[str, ...] = PROMPTS[:4]
-    judging: tuple[str, ...] = PROMPTS[4:]
+    model_config = _STRICT
+
+    limits: _Limits | VideoLimits = WAN_LIMITS
+    max_tokens: Annotated[int, pydantic.Field(ge=1, strict=True)] = 512  # prompts are padded to it; longer are refused
+    calibration: _Prompts = PROMPTS[:4]
+    judging: _Prompts = PROMPTS[4:]
 
     @classmethod
     def read(cls, folder: Path) -> Serving:
-        """The checkpoint's own, where it has one. Refuses a field that is not one."""
+        """The checkpoint's own, where it has one. ValueError names the file and the field that will not do."""
         path = folder / SERVING
         if not path.is_file():
             return cls()
-        given: dict[str, Any] = json.loads(path.read_text())
-        unknown = given.keys() - {f.name for f in fields(cls)}
-        if unknown:
-            raise ValueError(f"{path} has no fields {sorted(unknown)}")
-        given["limits"] = VideoLimits(**given.get("limits", {}))
-        given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-        return cls(**given)
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except pydantic.ValidationError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 class SelfAttention:
@@ -253,13 +262,24 @@ class Wan:
     component = "transformer"
 
     def recognizes(self, folder: Path) -> bool:
-        index = folder / "model_index.json"
-        return index.is_file() and json.loads(index.read_text()).get("_class_name") == "WanPipeline"
+        path = folder / "model_index.json"
+        if not path.is_file():
+            return False
+        try:
+            index = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        return isinstance(index, dict) and index.get("_class_name") == "WanPipeline"
 
     def load(self, folder: Path, device: str, dtype: torch.dtype | dict[str, torch.dtype]) -> WanModel:
         for library in (diffusers, transformers):  # their bars would be drawn across ours, and into a worker's log
             library.utils.logging.disable_progress_bar()
-        pipe = WanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        try:
+            pipe = WanPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{folder} is not a whole WanPipeline: {error}") from error
+        if pipe.transformer_2 is not None:
+            raise ValueError(f"{folder} has a transformer_2, as Wan 2.2 A14B has: two networks are not run yet")
         return WanModel(pipe.to(device), Serving.read(folder), device)
 
     def open(self, folder: Path, manifest: Manifest, device: str) -> WanModel:
@@ -305,7 +325,10 @@ class Wan:
             size_multiple=16, max_pixels=64 * 96, max_side=96, max_frames=9, max_steps=50, max_prompt=200, width=96,
             height=64, frames=9, fps=8, steps=3, guidance=2.0,
         )  # fmt: skip
-        write_serving(folder, Serving(limits, networks.MAX_TOKENS, calibration=PROMPTS[:1], judging=PROMPTS[1:2]))
+        write_serving(
+            folder,
+            Serving(limits=limits, max_tokens=networks.MAX_TOKENS, calibration=PROMPTS[:1], judging=PROMPTS[1:2]),
+        )
 
 
 def fuse_projections(network: Any) -> None:
@@ -318,11 +341,11 @@ def fuse_projections(network: Any) -> None:
 
 
 def write_serving(folder: Path, serving: Serving) -> None:
-    (folder / SERVING).write_text(json.dumps(asdict(serving), indent=1) + "\n")
+    (folder / SERVING).write_text(serving.model_dump_json(indent=1) + "\n")
 
 
 def narrow(network: nn.Module) -> None:
-    """Floats to bfloat16, as the checkpoint had them. A float32 working copy of 16-bit values loses nothing."""
+    """Floats to bfloat16. Of a checkpoint in bfloat16 nothing is lost; others are rounded here."""
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.bfloat16)

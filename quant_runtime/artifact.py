@@ -184,15 +184,22 @@ def _finite(decibels: float) -> float | None:
     return round(decibels, 3) if math.isfinite(decibels) else None
 
 
+def check_free(folder: Path, replace: bool) -> None:
+    """Refuses a folder that exists, unless it is to be replaced and is an artifact: nothing else is ever removed."""
+    if folder.exists() and not replace:
+        raise FileExistsError(f"{folder} exists: choose another name, or say that it is to be replaced")
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise FileExistsError(f"{folder} is no artifact, and is not replaced: choose another name")
+
+
 def save(folder: Path, manifest: Manifest, write: Callable[[Path], None], *, replace: bool = False) -> Manifest:
     """Makes the artifact `folder`. `write(aside)` writes its files but the manifest; they are hashed and renamed.
 
-    Returns the manifest with its files. Refuses a folder that exists, unless `replace`. If `write` raises, or the
+    Returns the manifest with its files. Refuses what check_free does. If `write` raises, or the
     machine stops, nothing stands under the folder's name but what stood there before.
     """
     folder = Path(folder)
-    if folder.exists() and not replace:
-        raise FileExistsError(f"{folder} exists: choose another name, or say that it is to be replaced")
+    check_free(folder, replace)
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = secrets.token_hex(4)
     aside = folder.parent / f".{folder.name}.partial-{mark}"

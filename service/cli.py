@@ -5,6 +5,7 @@ Serving, the offline stage, the demo, the benchmarks: each command reads its opt
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def serve(
     host: Host = None, port: Port = None, data: Data = None, artifacts: Artifacts = None, device: Device = None
 ) -> None:
     """API and one worker, with a private queue unless LOWBIT_REDIS_URL is set. A worker that dies is started again."""
+    _needs_torch()
     settings = _settings(host=host, port=port, data=data, artifacts=artifacts, device=device)
     from service import artifacts as found
     from service.api.main import serve as serve_api
@@ -57,10 +59,8 @@ def serve(
     from service.supervise import Supervised
     from service.worker.loop import OBEY_SECONDS
 
-    # -P and PYTHONPATH: the child imports these packages, and not what lies in the folder that it is started in.
-    command = [sys.executable, "-P", "-m", "service.cli", "worker", "--with-parent"]
-    root = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | to_environment(settings) | {"PYTHONPATH": root}
+    command = [*_PYTHON, "service.cli", "worker", "--with-parent"]
+    environment = _environment() | to_environment(settings)
     if "LOWBIT_METRICS_PORT" not in os.environ:
         environment["LOWBIT_METRICS_PORT"] = "0"  # a port that is taken must not keep this worker from starting
     patience = settings.drain_seconds + OBEY_SECONDS + 5
@@ -91,6 +91,7 @@ def worker(
     with_parent: Annotated[bool, typer.Option(hidden=True, help="Drain when standard input ends.")] = False,
 ) -> None:
     """One worker: one model loaded at a time, on one device. SIGTERM lets it end its job first."""
+    _needs_torch()
     settings = _settings(data=data, artifacts=artifacts, device=device)
     from service.worker.main import work
 
@@ -135,7 +136,8 @@ def quantize(
 
         plan = offline.plan(sparsity, warmup, qk_bits, dense_qk_bits)
         recipe = offline.recipe(method, bits, option or [], plan, calibration_samples, judging_samples)
-        manifest = offline.quantize(source, recipe, out, device or "auto", replace, console)
+        device = device or os.environ.get("LOWBIT_DEVICE", "auto")
+        manifest = offline.quantize(source, recipe, out, device, replace, console)
         console.print(offline.describe(out, manifest))
 
 
@@ -176,13 +178,29 @@ def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="linear, attention: one op. video, scene: a whole demo model.")],
 ) -> None:
-    """Time an op or a demo model beside its baselines, and write docs/results/NAME-DEVICE.jsonl."""
+    """Time an op or a demo model beside its baselines, and write the rows into docs/results."""
     programs = {"linear": "quant_runtime.bench", "attention": "quant_runtime.bench"}
     programs |= {kind: f"models.demo.{kind}.bench" for kind in ("video", "scene")}
     if name not in programs:
         raise _refused(ValueError(f"no benchmark {name!r}: there are {', '.join(programs)}"))
     arguments = [name, *context.args] if programs[name] == "quant_runtime.bench" else context.args
-    raise typer.Exit(subprocess.run([sys.executable, "-m", programs[name], *arguments], check=False).returncode)
+    done = subprocess.run([*_PYTHON, programs[name], *arguments], env=_environment(), check=False)
+    raise typer.Exit(done.returncode)
+
+
+_PYTHON = (sys.executable, "-P", "-m")
+
+
+def _environment() -> dict[str, str]:
+    """With -P: a child imports these packages, and not what lies in the folder that it is started in."""
+    root = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": root}
+
+
+def _needs_torch() -> None:
+    """A worker without it would take jobs and fail them all."""
+    if importlib.util.find_spec("torch") is None:
+        raise _refused(ImportError("no torch here; a worker needs pip install 'lowbit-serve[worker]'"))
 
 
 def _load(path: Path, device: str) -> Generator:

@@ -34,6 +34,7 @@ SEED = 3
 VIEWS = 6
 SCENE_INDEX = 3  # of the held-out scenes
 READY_SECONDS = 120
+MADE = ("video.mp4", "video.png", "scene.glb", "scene.png", "report.json", "serve.log")
 FULL = ("--method", "none", "--bits", "w16a16", "--judging-samples", "0")
 
 
@@ -108,8 +109,7 @@ def run(out: Path, artifacts: Path) -> None:
     """Leaves video.mp4, video.png, scene.glb, scene.png and report.json in `out`, and says what they show."""
     console = Console()
     begun = time.monotonic()
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    _cleared(out)
     for comparison in (VIDEO, SCENE):
         for side in (comparison.full, comparison.compressed):
             console.rule(f"lowbit quantize {side.source} → {side.name}", align="left", style="dim")
@@ -119,7 +119,11 @@ def run(out: Path, artifacts: Path) -> None:
     ran: dict[str, Ran] = {}
     images = pictures.write(out / "views", VIEWS, index=SCENE_INDEX)
     sides = {side.name: one for one in (VIDEO, SCENE) for side in (one.full, one.compressed)}
-    with served(artifacts, out / "serve.log") as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with (
+        served(artifacts, out / "serve.log") as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+        _told(out / "serve.log"),
+    ):
         console.print(f"the API answers at {server.url}; a worker takes the jobs from its queue")
         with _bars(console) as progress:
             for name, comparison in sides.items():
@@ -137,6 +141,18 @@ def run(out: Path, artifacts: Path) -> None:
     console.print(f"{out}: video.mp4, video.png, scene.glb, scene.png, report.json; {time.monotonic() - begun:.0f} s")
 
 
+def _cleared(out: Path) -> None:
+    """An empty place for what the demo makes. A folder that holds anything else than an earlier demo is refused."""
+    if out.is_dir() and any(out.iterdir()) and not (out / "serve.log").is_file():
+        raise ValueError(f"{out} holds something that is not the demo's: name another folder with --out")
+    for name in MADE:
+        (out / name).unlink(missing_ok=True)
+    for name in ("views", "jobs"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "serve.log").touch()
+
+
 def _lowbit(*words: str) -> None:
     done = subprocess.run(_command(*words), env=_environment(), check=False)
     if done.returncode:
@@ -152,6 +168,15 @@ def _environment() -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.upper().startswith("LOWBIT_")}
     root = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     return clean | {"PYTHONPATH": root}
+
+
+@contextmanager
+def _told(log: Path) -> Iterator[None]:
+    """A connection that breaks is told with the place that says why."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise ValueError(f"the service did not answer as it should: {error}; see {log}") from error
 
 
 @dataclass(frozen=True)
@@ -217,6 +242,7 @@ def _finished(client: httpx.Client, job: str, comparison: Comparison, folder: Pa
     bar = progress.add_task(folder.name, total=None)
     ended: dict[str, Any] = {}
     with client.stream("GET", f"/jobs/{job}/events", timeout=None) as stream:
+        stream.raise_for_status()
         for event, data in events(stream.iter_lines()):
             if event == "progress":
                 progress.update(bar, completed=data["step"], total=data["of"])

@@ -5,6 +5,7 @@ Imported by the command line when one of the two is called: it brings torch.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ from models.compress import Recipe
 from quant_runtime import artifact, fields
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan
-from quant_runtime.formats import QuantFormat
+from quant_runtime.formats import W16A16, QuantFormat
 from quant_runtime.kernels._cpu import keep_freed_memory
+from quant_runtime.linear import LinearSpec
 from quant_runtime.methods import METHODS
 from quant_runtime.sparsity import POLICIES
+from service.settings import DEVICE
 
 STAGES = {
     "full precision": "generating in full precision",
@@ -37,8 +40,10 @@ def recipe(
 ) -> Recipe:
     """ValueError names the option and what would do."""
     format_ = QuantFormat.parse(bits)
-    if (method == "none") == format_.quantized:
+    if (method == "none") != (format_ == W16A16):
         raise ValueError(f"--method none goes with --bits w16a16 and with no other; got {method} and {bits}")
+    if format_ != W16A16:
+        LinearSpec(format_)  # refuses a format that no kernel runs, before an hour of calibration
     return Recipe(
         method=fields.build(METHODS, method, dict(_pair(s) for s in settings)),
         format=format_,
@@ -87,7 +92,14 @@ def quantize(source: str, made: Recipe, out: Path, device: str, replace: bool, c
 
 
 def resolve(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """auto, cpu, cuda or cuda:N to a device that is there; ValueError says what would do."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(DEVICE, device):
+        raise ValueError(f"a device is auto, cpu, cuda or cuda:N; got {device!r}")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"{device} was asked for, and torch sees no GPU here")
+    return device
 
 
 def describe(folder: Path, manifest: Manifest) -> Table:

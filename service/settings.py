@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "LOWBIT_"
+DEVICE = r"auto|cpu|cuda(:\d+)?"
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -38,7 +39,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     metrics_host: str = "127.0.0.1"  # of the worker; the API serves /metrics beside its routes
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 8001  # 0 takes any free port and logs it
-    device: str = "auto"  # auto is cuda where torch sees one, else cpu
+    device: Annotated[str, Field(pattern=f"^({DEVICE})$")] = "auto"  # auto is cuda where torch sees one, else cpu
     log_level: Annotated[str, Field(pattern=r"^(debug|info|warning|error)$")] = "info"
 
     # The lease of a running job, and how often a lost or failed one is tried again

@@ -160,7 +160,7 @@ def test_its_layers_are_those_of_the_blocks(made):
     assert len(manifest.layers) == (10 * len(network.blocks) if recipe.format.quantized else 0)
 
 
-def test_diffusers_opens_it_and_films_what_a_worker_films(made):
+def test_diffusers_opens_it_with_the_layers_that_a_worker_opens(made):
     folder, manifest, _ = made
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     own = Wan().load(folder, "cpu", torch.float32)
@@ -196,3 +196,37 @@ def test_a_field_that_serving_json_does_not_have_is_refused(checkpoint, tmp_path
     (tmp_path / "serving.json").write_text('{"max_token": 3}')
     with pytest.raises(ValueError, match="max_token"):
         Serving.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"limits": {"max_frame": 3}}', "max_frame"), ("[]", "serving.json"), ('{"max_tokens": "512"}', "max_tokens"),
+     ('{"calibration": []}', "calibration")],
+)  # fmt: skip
+def test_a_serving_json_that_will_not_do_is_refused_by_its_field(tmp_path, text, said):
+    (tmp_path / "serving.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        Serving.read(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused_by_its_name(checkpoint, tmp_path):
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model_index\.json"):
+        registry.family_of(tmp_path)
+    for path in sorted(checkpoint.rglob("*")):
+        copy = tmp_path / path.relative_to(checkpoint)
+        copy.mkdir() if path.is_dir() else copy.write_bytes(path.read_bytes())
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=tmp_path.name):
+        Wan().load(tmp_path, "cpu", torch.float32)
+
+
+def test_an_artifact_is_no_checkpoint_and_nothing_but_an_artifact_is_replaced(made, checkpoint):
+    with pytest.raises(ValueError, match="is an artifact"):
+        registry.family_of(made[0])
+    with pytest.raises(FileExistsError, match="no artifact"):
+        compress.compress(
+            Wan(), checkpoint, made[2], checkpoint, base="tiny", device="cpu", on_progress=print, replace=True
+        )
+    assert (checkpoint / "model_index.json").is_file()

@@ -59,3 +59,15 @@ def test_a_service_that_ends_at_once_is_told_with_its_log(tmp_path):
         demo.served(tmp_path, tmp_path / "serve.log"),
     ):
         pass
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match="not the demo's"):
+        demo._cleared(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years"
+    again = tmp_path / "out"
+    for _ in range(2):
+        demo._cleared(again)
+        (again / "views").mkdir()
+    assert {path.name for path in again.iterdir()} == {"serve.log", "views"}

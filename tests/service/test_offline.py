@@ -51,11 +51,21 @@ def test_fields_of_a_method_are_set_by_name():
         ("rtn", "w5", [], "w5"),
         ("rtn", "w4a8", ["clip"], "NAME=VALUE"),
         ("rtn", "w4a8", ["clip=best"], "clip"),
+        ("rtn", "w4a16", [], "W4A16"),
+        ("none", "w16a8", [], "w16a16"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(method, bits, settings, said):
     with pytest.raises(ValueError, match=said):
         offline.recipe(method, bits, settings, AttentionPlan(), 1, 1)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:99"])
+def test_a_device_that_is_none_or_is_not_there_is_refused(device, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=device):
+        offline.resolve(device)
+    assert offline.resolve("auto") == "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +102,7 @@ def test_a_folder_that_is_no_artifact_and_a_checkpoint_that_is_none_are_named(tm
     refused = CliRunner().invoke(app, ["quantize", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
     assert (refused.exit_code, "nowhere" in refused.output) == (2, True)
     refused = CliRunner().invoke(app, ["quantize", str(made[0]), "--out", str(made[0])])
-    assert (refused.exit_code, "exists" in refused.output) == (2, True)
+    assert (refused.exit_code, "is an artifact" in refused.output) == (2, True)
 
 
 def test_an_unknown_field_and_a_changed_file_are_refused_by_name(made, tmp_path):

@@ -79,7 +79,7 @@ def refine(recipe: Recipe, start: Path, seconds: float, out: Path, device: str, 
         pairs = [_crop(clips, row, videos[row], latents[row], recipe) for row in rows]
         want = torch.cat([p for p, _ in pairs]).float().div(127.5).sub(1)
         z = torch.cat([q for _, q in pairs])
-        shake = 0.1 * scale * (torch.arange(recipe.batch) % 2)[:, None, None, None, None]
+        shake = 0.1 * scale * (torch.arange(recipe.batch, device=device) % 2)[:, None, None, None, None]
         with half():
             got = whole_clip.decode(
                 vae, (z + shake * torch.randn_like(z)).contiguous(memory_format=torch.channels_last_3d)
