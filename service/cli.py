@@ -165,12 +165,13 @@ def inspect(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of what it makes.")] = Path("out/demo"),
     artifacts: Annotated[Path, typer.Option(help="Folder of the demo's artifacts.")] = Path("artifacts"),
+    results: Annotated[Path | None, typer.Option(help="Also write the figures as rows into this file.")] = None,
 ) -> None:
     """Both demo models compressed, served, asked over HTTP, and held against themselves in full precision."""
     with _told_in_one_line():
         from service import demo as shown
 
-        shown.run(out, artifacts)
+        shown.run(out, artifacts, results)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -13,14 +13,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,6 +30,7 @@ from rich.table import Table
 
 from models import video_files
 from models.demo.scene import pictures
+from quant_runtime import report as measured
 
 PROMPT = "a cyan star moves right over coffee, static camera"
 SEED = 3
@@ -105,10 +108,14 @@ class Ran:
     record: dict[str, Any] = field(repr=False)  # its run.json
 
 
-def run(out: Path, artifacts: Path) -> None:
-    """Leaves video.mp4, video.png, scene.glb, scene.png and report.json in `out`, and says what they show."""
+def run(out: Path, artifacts: Path, results: Path | None = None) -> None:
+    """Leaves video.mp4, video.png, scene.glb, scene.png and report.json in `out`, and says what they show.
+
+    The report is also written as rows into `results`, where that is given (quant_runtime/report.py).
+    """
     console = Console()
     begun = time.monotonic()
+    peak = Peak()
     _cleared(out)
     for comparison in (VIDEO, SCENE):
         for side in (comparison.full, comparison.compressed):
@@ -138,7 +145,63 @@ def run(out: Path, artifacts: Path) -> None:
         shutil.copyfile(ran[SCENE.compressed.name].folder / name, out / name)
     shutil.copyfile(ran[VIDEO.compressed.name].folder / "video.mp4", out / "video.mp4")
     console.print(table(report))
-    console.print(f"{out}: video.mp4, video.png, scene.glb, scene.png, report.json; {time.monotonic() - begun:.0f} s")
+    seconds, most = time.monotonic() - begun, peak.stop()
+    console.print(f"{out}: video.mp4, video.png, scene.glb, scene.png, report.json")
+    console.print(f"{seconds:.0f} s, and {most / 2**30:.1f} GiB of memory at most")
+    if results is not None:
+        rows = _rows(report, seconds, most)
+        measured.write(results, "demo", rows, ["lowbit", "demo", "--results", str(results)], torch.device("cpu"))
+
+
+class Peak:
+    """The most memory that this process and all its children have held at once, in bytes, looked at every half second.
+
+    What several share counts once (PSS); 0 where the kernel does not tell.
+    """
+
+    def __init__(self) -> None:
+        self._most, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return self._most
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.5):
+            self._most = max(self._most, sum(map(_held, _family(os.getpid()))))
+
+
+def _family(pid: int) -> list[int]:
+    found = [pid]
+    with suppress(OSError):  # a process that has ended by now
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                found += _family(int(child))
+    return found
+
+
+def _held(pid: int) -> int:
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _rows(report: dict[str, Any], seconds: float, most: int) -> Iterator[dict[str, Any]]:
+    yield measured.row("the whole demo", "wall clock", seconds, "s", "lower", samples=1)
+    yield measured.row("the whole demo", "peak memory", most / 2**30, "GiB", "lower", samples=1)
+    for kind, half in report.items():
+        full, small = half["full"], half["compressed"]
+        quality = "psnr" if kind == "video" else "auc30"
+        for metric, unit in (("bytes", "bytes"), ("seconds", "s")):
+            yield measured.row(
+                small["artifact"], metric, small[metric], unit, "lower", samples=1,
+                baseline=(full["artifact"], full[metric]), error={quality: measured.rounded(small[quality])},
+            )  # fmt: skip
 
 
 def _cleared(out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,18 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
         demo._cleared(again)
         (again / "views").mkdir()
     assert {path.name for path in again.iterdir()} == {"serve.log", "views"}
+
+
+def test_the_rows_are_the_report_s(half):
+    rows = list(demo._rows({"video": half}, 150.0, 3 * 2**30))
+    assert [(row["metric"], row["value"]) for row in rows] == [
+        ("wall clock", 150.0), ("peak memory", 3.0), ("bytes", 1000), ("seconds", 4.0),
+    ]  # fmt: skip
+    assert rows[2]["baseline"] == {"name": "demo-video", "value": 3000}
+
+
+def test_the_peak_is_at_least_what_one_process_was_seen_to_hold():
+    peak = demo.Peak()
+    held = bytearray(b"x") * 2**28
+    time.sleep(1.2)
+    assert peak.stop() >= len(held)
