@@ -32,10 +32,11 @@ from models.precision import fast_float
 from models.scene_files import View
 from models.scene_metrics import abs_rel, auc, pose_errors, relative_poses
 from models.vggt_images import Placement
-from models.vggt_net import VGGT, Block, Prediction, VGGTConfig
+from models.vggt_net import VGGT, Block, Prediction, VGGTConfig, narrow_dense
 from quant_runtime import artifact
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, attend, describe_paths
+from quant_runtime.linear import QuantLinear
 from quant_runtime.sparsity.base import TokenLayout
 
 SERVING = "serving.json"  # beside config.json: {"limits": what this checkpoint takes}, where that is not the default
@@ -237,7 +238,10 @@ class Vggt:
         return VggtModel(network, read_limits(folder))
 
     def open(self, folder: Path, manifest: Manifest, device: str) -> VggtModel:
-        """On a CPU, int8 layers are fastest fed with float32, and the dense heads with bfloat16 where it has that."""
+        """On a CPU, int8 layers are fastest fed with float32, and the dense heads with bfloat16 where it has that.
+
+        So are the attentions inside of a frame; and the camera head's few rows are fastest without int8.
+        """
         with torch.device("meta"):
             network = VGGT(vggt_net.read_config(folder / "config.json"))
         artifact.load_into(network, folder, component=self.component, check=False)
@@ -245,6 +249,8 @@ class Vggt:
         dtype = torch.float32 if manifest.layers and torch.device(device).type == "cpu" else fast_float(device)
         settle(network, device, dtype, fast_float(device))
         model = VggtModel(network, read_limits(folder))
+        if manifest.layers and torch.device(device).type == "cpu":
+            _spare_small_work(model)
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
         return model
@@ -341,6 +347,21 @@ def settle(network: VGGT, device: torch.device | str, dtype: torch.dtype, maps: 
 def floats_of(network: VGGT) -> list[tuple[str, Tensor]]:
     tensors = chain(network.named_parameters(), network.named_buffers())
     return [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+
+
+def _spare_small_work(model: VggtModel) -> None:
+    """What int8 and fused attention are too much effort for, on a CPU."""
+    for name, layer in list(model.net.camera_head.named_modules()):
+        if isinstance(layer, QuantLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            plain.weight = nn.Parameter(layer.effective_weight(), requires_grad=False)
+            plain.register_parameter("bias", layer.bias)
+            model.net.camera_head.set_submodule(name, plain)
+    model.kernels = model.kernels | {"camera head": "float32, the artifact's weights: a row a view"}
+    if fast_float("cpu") == torch.bfloat16:
+        for block in (*model.net.aggregator.patch_embed.blocks, *model.net.aggregator.frame_blocks):
+            block.attn.attend = narrow_dense
+        model.kernels = model.kernels | {"attention inside of frames": "bfloat16 products, float32 softmax"}
 
 
 def read_limits(folder: Path) -> SceneLimits:

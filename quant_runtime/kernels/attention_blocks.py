@@ -19,12 +19,13 @@ import math
 import torch
 from torch import Tensor
 
-from quant_runtime.kernels._cpu import CHUNK_ELEMENTS, cpu_int8_path, int_matmul, scratch
+from quant_runtime.kernels._cpu import cpu_int8_path, int_matmul, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
 
 BLOCKS = (16, 32, 64, 128)
 LARGEST_D = 256
 LOG2E = math.log2(math.e)
+SCORES_AT_ONCE = 1 << 20  # on a CPU: fewer leave it too little to do at a time, more leave the cache between passes
 
 
 def attention_blocks(
@@ -159,7 +160,7 @@ def _one_head(
     answer = scratch("answer", (queries.shape[0], block_q, size), torch.float32).zero_()
 
     for length, rows in _rows_by_length(kept, counts, keys_total, block_k).items():
-        for chunk in rows.split(max(1, CHUNK_ELEMENTS // (block_q * length))):
+        for chunk in rows.split(max(1, SCORES_AT_ONCE // (block_q * length))):
             if length == keys_total:  # all keys, in place: one matmul serves all these rows
                 groups, shown = 1, [x.view(1, -1, x.shape[2]) for x in seen]
             else:

@@ -269,3 +269,13 @@ def test_limits_come_with_the_checkpoint_and_a_misspelled_one_is_named(tmp_path)
     (tmp_path / "serving.json").write_text('{"limits": {"max_viws": 5}}')
     with pytest.raises(ValueError, match="max_viws"):
         read_limits(tmp_path)
+
+
+def test_on_a_cpu_the_camera_head_runs_the_artifact_s_weights_without_int8(artifacts):
+    folder, manifest = artifacts["quarot"]
+    opened = load.load(folder, "cpu")
+    low = [name for name, layer in opened.network.named_modules() if isinstance(layer, QuantLinear)]
+    camera = [name for name in manifest.layers if name.startswith("camera_head.")]
+    assert camera
+    assert sorted(low) == sorted(manifest.layers.keys() - set(camera))
+    assert "camera head" in opened.kernels

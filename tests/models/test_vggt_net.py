@@ -299,3 +299,13 @@ def test_a_checkpoint_with_other_tensors_is_refused_by_name(net, tmp_path, extra
 def test_sizes_that_cannot_be_are_refused(change):
     with pytest.raises(ValueError, match="got"):
         replace(SMALL, **change)
+
+
+BFLOAT16 = 2**-7  # two products with 8 bits of mantissa each, of the size of the answer
+
+
+def test_narrow_attention_is_attention():
+    q, k, v = (torch.randn(3, 2, 37, 16).transpose(1, 2).contiguous().transpose(1, 2) for _ in range(3))
+    got, want = vggt_net.narrow_dense(q, k, v, None), vggt_net.dense(q.double(), k.double(), v.double(), None)
+    assert got.dtype == v.dtype
+    assert 0 < relative_error(got, want) < BFLOAT16
