@@ -317,7 +317,8 @@ def load_into(model: nn.Module, folder: Path, *, component: str = "", check: boo
         path = PurePosixPath(name)
         if path.suffix == ".safetensors" and path.parent == PurePosixPath(component):
             with safe_open(folder / name, framework="pt") as shard:
-                state |= {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 it is no mapping
+                names = list(shard.keys())
+                state |= {key: shard.get_tensor(key) for key in names}
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:

@@ -19,7 +19,7 @@ from models import compress, registry
 from models.compress import Recipe
 from quant_runtime import artifact, fields
 from quant_runtime.artifact import Manifest
-from quant_runtime.attention import AttentionPlan
+from quant_runtime.attention import AttentionPlan, QkBits
 from quant_runtime.formats import W16A16, QuantFormat
 from quant_runtime.kernels._cpu import keep_freed_memory
 from quant_runtime.linear import LinearSpec
@@ -61,7 +61,16 @@ def plan(sparsity: str, warmup: float, qk_bits: int, dense_qk_bits: int) -> Atte
     if first:
         given["density"] = first
     policy = fields.build(POLICIES, name, given)
-    return AttentionPlan(policy, warmup, qk_bits=qk_bits, dense_qk_bits=dense_qk_bits)  # type: ignore[arg-type] # checked there
+    sparse, dense = _bits("--qk-bits", qk_bits), _bits("--dense-qk-bits", dense_qk_bits)
+    return AttentionPlan(policy, warmup, qk_bits=sparse, dense_qk_bits=dense)
+
+
+def _bits(option: str, given: int) -> QkBits:
+    if given == 8:
+        return 8
+    if given == 16:
+        return 16
+    raise ValueError(f"{option} is 8 or 16; got {given}")
 
 
 def _pair(text: str) -> tuple[str, str]:

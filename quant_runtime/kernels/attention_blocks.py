@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from quant_runtime.kernels._cpu import cpu_int8_path, int_matmul, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
@@ -347,7 +347,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return _answer(q, v)
 
 
-_op = torch.library.custom_op("quant_runtime::attention_blocks", reference, mutates_args=())
+_op = library.custom_op("quant_runtime::attention_blocks", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)

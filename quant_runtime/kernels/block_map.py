@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import pad
 
 from quant_runtime.kernels._triton import jit, tl, triton
@@ -175,6 +175,6 @@ def _fake(
 
 
 # The reference is the fast version for a CPU as well: what it does is small beside reading q and k.
-_op = torch.library.custom_op("quant_runtime::block_map", reference, mutates_args=())
+_op = library.custom_op("quant_runtime::block_map", reference, mutates_args=())
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)

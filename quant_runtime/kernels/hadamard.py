@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from quant_runtime.kernels._cpu import row_chunks, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
@@ -140,7 +140,7 @@ def _fake(x: Tensor, signs: Tensor, block: int) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-_op = torch.library.custom_op("quant_runtime::hadamard", reference, mutates_args=())
+_op = library.custom_op("quant_runtime::hadamard", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)

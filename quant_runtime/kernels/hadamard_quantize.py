@@ -9,7 +9,7 @@ Rotate first, then scale: the order of QuantVGGT (the post-local smoothing lies 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from quant_runtime.kernels import hadamard, quantize_rows
 from quant_runtime.kernels._cpu import row_chunks
@@ -105,7 +105,7 @@ def _fake(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-_op = torch.library.custom_op("quant_runtime::hadamard_quantize", reference, mutates_args=())
+_op = library.custom_op("quant_runtime::hadamard_quantize", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)

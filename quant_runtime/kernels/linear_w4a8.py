@@ -11,7 +11,7 @@ takes, so the kernel unpacks what it has read.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from quant_runtime.kernels import linear_w8a8, unpack_w4
 from quant_runtime.kernels._cpu import scratch
@@ -114,7 +114,7 @@ def _fake(
     return x.new_empty(x.shape[0], packed.shape[0], dtype=out_dtype)
 
 
-_op = torch.library.custom_op("quant_runtime::linear_w4a8", reference, mutates_args=())
+_op = library.custom_op("quant_runtime::linear_w4a8", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)

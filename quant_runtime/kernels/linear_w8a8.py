@@ -9,7 +9,7 @@ The sums are int32: K is at most 131,072, whatever the operands hold.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from quant_runtime.kernels._cpu import int_matmul, row_chunks, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
@@ -150,7 +150,7 @@ def _fake(
 
 
 # PyTorch's dispatcher is the registry: the reference everywhere, oneDNN's int8 on a CPU, Triton on CUDA.
-_op = torch.library.custom_op("quant_runtime::linear_w8a8", reference, mutates_args=())
+_op = library.custom_op("quant_runtime::linear_w8a8", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)

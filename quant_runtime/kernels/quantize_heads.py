@@ -12,7 +12,7 @@ is not finite.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import pad
 
 from quant_runtime.kernels._cpu import scratch
@@ -143,7 +143,7 @@ def _fake(x: Tensor, center: Tensor | None, share: int) -> tuple[Tensor, Tensor]
     return torch.empty(x.shape, dtype=torch.int8, device=x.device), scale
 
 
-_op = torch.library.custom_op("quant_runtime::quantize_heads", reference, mutates_args=())
+_op = library.custom_op("quant_runtime::quantize_heads", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)

@@ -12,7 +12,7 @@ zero. A row that holds a NaN or an infinity gets a scale that is not finite, so 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from quant_runtime.kernels._cpu import row_chunks, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
@@ -107,7 +107,7 @@ def _fake(x: Tensor, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-_op = torch.library.custom_op("quant_runtime::quantize_rows", reference, mutates_args=())
+_op = library.custom_op("quant_runtime::quantize_rows", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)

@@ -7,7 +7,7 @@ w  int8 [N, K], -8 to 7
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from quant_runtime.kernels._triton import jit, tl, triton
 
@@ -71,7 +71,7 @@ def _fake(packed: Tensor, inputs: int) -> Tensor:
     return packed.new_empty(packed.shape[0], inputs, dtype=torch.int8)
 
 
-_op = torch.library.custom_op("quant_runtime::unpack_w4", reference, mutates_args=())
+_op = library.custom_op("quant_runtime::unpack_w4", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)

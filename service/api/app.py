@@ -23,6 +23,12 @@ from service.results import Results
 from service.settings import Settings
 
 
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The schema, and in it what every error answer is."""
+        return problems.add_schema(super().openapi())
+
+
 def create_app(settings: Settings, queue: Queue, results: Results) -> FastAPI:
     """Reads the manifests in `settings.artifacts` now, and nothing else until the first request."""
     local = [found.info for found in artifacts.find(settings.artifacts)]
@@ -37,7 +43,7 @@ def create_app(settings: Settings, queue: Queue, results: Results) -> FastAPI:
             await upkeep
         await service.followers.close()
 
-    app = FastAPI(
+    app = _App(
         title="lowbit",
         version="1",
         summary="Compressed video and 3D generators",
@@ -54,12 +60,6 @@ def create_app(settings: Settings, queue: Queue, results: Results) -> FastAPI:
     }
     app.add_middleware(Door, bodies=bodies, otherwise=settings.max_json_bytes)
     app.add_middleware(Counted)  # added last, it stands outermost: refusals at the door are counted too
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        return problems.add_schema(plain())
-
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend its schema
     return app
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import av
@@ -10,7 +11,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
 
-import quant_runtime.diffusers  # noqa: F401  teaches from_pretrained what an artifact's layers are
 from models import compress, load, registry
 from models.base import BadInput, SceneInputs, VideoInputs
 from models.compress import Recipe
@@ -162,6 +162,7 @@ def test_its_layers_are_those_of_the_blocks(made):
 
 def test_diffusers_opens_it_with_the_layers_that_a_worker_opens(made):
     folder, manifest, _ = made
+    importlib.import_module("quant_runtime.diffusers")  # teaches from_pretrained what an artifact's layers are
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     own = Wan().load(folder, "cpu", torch.float32)
     state, want = pipe.transformer.state_dict(), own.network.state_dict()

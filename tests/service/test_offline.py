@@ -36,6 +36,11 @@ def test_a_policy_that_is_none_is_refused(text, said):
         plan(text)
 
 
+def test_bits_of_q_and_k_that_no_kernel_has_are_refused_by_the_option():
+    with pytest.raises(ValueError, match=r"--dense-qk-bits is 8 or 16; got 4"):
+        offline.plan("dense", 0.0, 8, 4)
+
+
 def test_fields_of_a_method_are_set_by_name():
     made = offline.recipe("quarot", "w4a8", ["seed=3", "rounding.clip=mse"], AttentionPlan(), 2, 1)
     assert made.method == QuaRot(seed=3, rounding=Rtn(clip="mse"))

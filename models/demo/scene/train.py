@@ -33,6 +33,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -494,7 +495,7 @@ def snapshot(run: Run) -> dict[str, object]:
 
 
 @torch.no_grad()
-def restore(run: Run, kept: dict) -> None:  # type: ignore[type-arg]  # as torch.load gives it
+def restore(run: Run, kept: dict[str, Any]) -> None:
     """Bring back a snapshot, in place. Moments that it does not have become zero."""
     run.net.load_state_dict(kept["net"])
     run.probes.load_state_dict(kept["probes"])
@@ -522,7 +523,7 @@ def train(
     end: float = 1.0,
     use_compile: bool = False,
     use_graphs: bool = False,
-    resume: dict | None = None,  # type: ignore[type-arg]  # as torch.load gives it
+    resume: dict[str, Any] | None = None,
     state: Path | None = None,
 ) -> list[dict[str, float]]:
     """Follow the schedule from `begin` to `end` in `seconds` of wall clock, preparations included, or in `steps` steps.

@@ -9,7 +9,9 @@ from torch import Tensor
 BF16_ROUNDING = 2**-8  # half a step of bfloat16 is 2**-9 of a number
 FP16_ROUNDING = 2**-10  # half a step of float16 is 2**-11 of a number
 FP32_ROUNDING = 1e-6  # sums of a few hundred float32, each rounded at 6e-8
-NO_BF16 = pytest.mark.skipif(not torch.cuda.is_available(), reason="bfloat16 goes wrong in the interpreter")
+NO_BF16 = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: Triton's interpreter computes bfloat16 wrongly"
+)
 TRITON_DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=NO_BF16)]
 ROUNDING = {torch.float32: FP32_ROUNDING, torch.float16: FP16_ROUNDING, torch.bfloat16: BF16_ROUNDING}
 

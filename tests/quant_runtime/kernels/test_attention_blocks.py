@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 from torch.nn.functional import scaled_dot_product_attention
 
 from quant_runtime.kernels import attention_blocks as op
@@ -144,4 +145,4 @@ def test_a_scale_of_another_shape_is_refused_by_name():
 
 def test_torch_accepts_the_op(device):
     args = arguments(SHAPES[0], device, scales="token")
-    torch.library.opcheck(torch.ops.quant_runtime.attention_blocks.default, args)
+    library.opcheck(torch.ops.quant_runtime.attention_blocks.default, args)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from quant_runtime.kernels import block_map as op
 
@@ -87,4 +88,4 @@ def test_what_does_not_fit_is_refused_by_name(change, named):
 
 def test_torch_accepts_the_op(device):
     args = (*inputs(SHAPES[3], device), 2, 16, 16, None, None)
-    torch.library.opcheck(torch.ops.quant_runtime.block_map.default, args)
+    library.opcheck(torch.ops.quant_runtime.block_map.default, args)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from quant_runtime.kernels import hadamard as op
 from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, TRITON_DTYPES, rows, signs
@@ -59,4 +60,4 @@ def test_signs_of_another_length_are_refused():
 
 def test_torch_accepts_the_op(device):
     args = (rows(5, 48, device), signs(48, device), 16)
-    torch.library.opcheck(torch.ops.quant_runtime.hadamard.default, args)
+    library.opcheck(torch.ops.quant_runtime.hadamard.default, args)

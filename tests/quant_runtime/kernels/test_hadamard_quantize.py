@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from quant_runtime.kernels import hadamard_quantize as op
 from tests.quant_runtime.kernels.inputs import TRITON_DTYPES, rows, signs
@@ -44,4 +45,4 @@ def test_what_either_half_refuses_is_refused():
 
 def test_torch_accepts_the_op(device):
     args = (rows(5, 48, device), signs(48, device), 16, 8, None)
-    torch.library.opcheck(torch.ops.quant_runtime.hadamard_quantize.default, args)
+    library.opcheck(torch.ops.quant_runtime.hadamard_quantize.default, args)

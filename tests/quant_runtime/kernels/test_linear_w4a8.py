@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from quant_runtime.formats import pack_int4
 from quant_runtime.kernels import linear_w4a8 as op
@@ -48,4 +49,4 @@ def test_weights_packed_for_another_layer_are_refused():
 def test_torch_accepts_the_op(device):
     x, w, x_scale, w_scale = inputs(5, 7, 32, device)
     args = (x, pack_int4(w), x_scale, w_scale, None, torch.float32)
-    torch.library.opcheck(torch.ops.quant_runtime.linear_w4a8.default, args)
+    library.opcheck(torch.ops.quant_runtime.linear_w4a8.default, args)

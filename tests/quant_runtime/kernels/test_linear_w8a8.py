@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from quant_runtime.kernels import linear_w8a8 as op
 from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, ROUNDING, TRITON_DTYPES, whole
@@ -78,4 +79,4 @@ def test_operands_that_do_not_fit_are_refused_by_name(change, named):
 
 def test_torch_accepts_the_op(device):
     args = (*inputs(5, 7, 32, device), torch.zeros(7, device=device), torch.float32)
-    torch.library.opcheck(torch.ops.quant_runtime.linear_w8a8.default, args)
+    library.opcheck(torch.ops.quant_runtime.linear_w8a8.default, args)

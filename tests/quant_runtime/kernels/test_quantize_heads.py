@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from quant_runtime.kernels import quantize_heads as op
 
@@ -65,4 +66,4 @@ def test_what_it_cannot_round_is_refused_by_name(args, named):
 
 
 def test_torch_accepts_the_op(device):
-    torch.library.opcheck(torch.ops.quant_runtime.quantize_heads.default, (heads((1, 2, 20, 8), device), None, 16))
+    library.opcheck(torch.ops.quant_runtime.quantize_heads.default, (heads((1, 2, 20, 8), device), None, 16))

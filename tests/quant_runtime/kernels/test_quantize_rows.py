@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import library
 
 from quant_runtime.kernels import quantize_rows as op
 from tests.quant_runtime.kernels.inputs import rows
@@ -80,4 +81,4 @@ def test_what_it_cannot_round_is_refused_by_name(change, named):
 
 
 def test_torch_accepts_the_op(device):
-    torch.library.opcheck(torch.ops.quant_runtime.quantize_rows.default, (rows(5, 33, device), 8, None))
+    library.opcheck(torch.ops.quant_runtime.quantize_rows.default, (rows(5, 33, device), 8, None))

@@ -1,10 +1,15 @@
 import pytest
 import torch
+from torch import library
 
 from quant_runtime.formats import pack_int4
 from quant_runtime.kernels import unpack_w4 as op
 
-VERSIONS = [op.reference, op.on_cpu, pytest.param(op.launch, marks=pytest.mark.skipif(op.triton is None, reason="-"))]
+VERSIONS = [
+    op.reference,
+    op.on_cpu,
+    pytest.param(op.launch, marks=pytest.mark.skipif(op.triton is None, reason="no Triton")),
+]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -24,4 +29,4 @@ def test_a_number_of_inputs_that_does_not_fit_is_refused(inputs):
 
 def test_torch_accepts_the_op(device):
     args = (torch.zeros(4, 7, dtype=torch.uint8, device=device), 13)
-    torch.library.opcheck(torch.ops.quant_runtime.unpack_w4.default, args)
+    library.opcheck(torch.ops.quant_runtime.unpack_w4.default, args)
