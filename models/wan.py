@@ -22,13 +22,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import quant_runtime.diffusers
-from models import run_record, video_files
+from models import convolutions, run_record, video_files
 from models.base import BadInput, Kind, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
 from models.precision import fast_float
 from models.run_record import Clock
 from quant_runtime import artifact, quality
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, attend, describe_paths
+from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.linear import QuantLinear, fuse
 from quant_runtime.sparsity.base import TokenLayout
 
@@ -225,6 +226,7 @@ class WanModel:
         if not bool(torch.isfinite(video).all()):
             raise FloatingPointError("the model made values that are not finite")
         frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        give_back_freed_memory()
         clock.lap("decode")
         return Film(frames, clock.seconds)
 
@@ -280,7 +282,10 @@ class Wan:
             raise ValueError(f"{folder} is not a whole WanPipeline: {error}") from error
         if pipe.transformer_2 is not None:
             raise ValueError(f"{folder} has a transformer_2, as Wan 2.2 A14B has: two networks are not run yet")
-        return WanModel(pipe.to(device), Serving.read(folder), device)
+        pipe.to(device)
+        if device == "cpu":
+            convolutions.by_onednn(pipe.vae)
+        return WanModel(pipe, Serving.read(folder), device)
 
     def open(self, folder: Path, manifest: Manifest, device: str) -> WanModel:
         """In bfloat16 where the device multiplies it itself, else in float32.

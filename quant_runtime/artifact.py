@@ -150,6 +150,12 @@ class Manifest(_Strict):
     serving: dict[str, JsonValue] = {}  # the family's own: what its generator needs to know
     files: dict[Annotated[str, AfterValidator(_inside)], FileRecord] = {}  # filled in by save
 
+    def layer_bytes(self) -> tuple[int, int]:
+        """Of the quantized layers: their bytes in a file, and what they took in 16 bits."""
+        layers = self.layers.values()
+        half = sum(2 * layer.out_features * (layer.in_features + layer.bias) for layer in layers)
+        return sum(layer.bytes for layer in layers), half
+
     def specs(self) -> dict[str, LinearSpec]:
         return {name: layer.spec() for name, layer in self.layers.items()}
 

@@ -145,7 +145,7 @@ def describe_paths(device: torch.device | str) -> dict[str, str]:
         return {"linear": "int8, Triton", "attention": "int8 QK and 16-bit PV, Triton; 16-bit dense, torch"}
     products = {
         "onednn": "int8, oneDNN",
-        "float32": "int8 as float32 products: this CPU's int8 matmul is not exact",
+        "float32": "int8 as float32 products: this CPU has no fast, exact int8 matmul",
     }[cpu_int8_path()]
     values = "bfloat16 PV" if cpu_has_bfloat16() else "float32 PV: this CPU does not multiply bfloat16 itself"
     return {"linear": products, "attention": f"QK {products}; {values}; 16-bit dense, torch"}

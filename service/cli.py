@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from service import child
 
 if TYPE_CHECKING:
     from models.base import Generator
@@ -59,8 +60,8 @@ def serve(
     from service.supervise import Supervised
     from service.worker.loop import OBEY_SECONDS
 
-    command = [*_PYTHON, "service.cli", "worker", "--with-parent"]
-    environment = _environment() | to_environment(settings)
+    command = child.command("service.cli", "worker", "--with-parent")
+    environment = child.environment() | to_environment(settings)
     if "LOWBIT_METRICS_PORT" not in os.environ:
         environment["LOWBIT_METRICS_PORT"] = "0"  # a port that is taken must not keep this worker from starting
     patience = settings.drain_seconds + OBEY_SECONDS + 5
@@ -185,17 +186,8 @@ def bench(
     if name not in programs:
         raise _refused(ValueError(f"no benchmark {name!r}: there are {', '.join(programs)}"))
     arguments = [name, *context.args] if programs[name] == "quant_runtime.bench" else context.args
-    done = subprocess.run([*_PYTHON, programs[name], *arguments], env=_environment(), check=False)
+    done = subprocess.run(child.command(programs[name], *arguments), env=child.environment(), check=False)
     raise typer.Exit(done.returncode)
-
-
-_PYTHON = (sys.executable, "-P", "-m")
-
-
-def _environment() -> dict[str, str]:
-    """With -P: a child imports these packages, and not what lies in the folder that it is started in."""
-    root = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": root}
 
 
 def _needs_torch() -> None:

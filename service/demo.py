@@ -11,7 +11,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -31,12 +30,16 @@ from rich.table import Table
 from models import video_files
 from models.demo.scene import pictures
 from quant_runtime import report as measured
+from service import child
+from service.offline import REFRESHES
+from service.settings import PREFIX
 
 PROMPT = "a cyan star moves right over coffee, static camera"
 SEED = 3
 VIEWS = 6
 SCENE_INDEX = 3  # of the held-out scenes
 READY_SECONDS = 120
+CLI = "service.cli"
 MADE = ("video.mp4", "video.png", "scene.glb", "scene.png", "report.json", "serve.log")
 FULL = ("--method", "none", "--bits", "w16a16", "--judging-samples", "0")
 
@@ -69,7 +72,7 @@ VIDEO = Comparison(
         "demo-video-w8a8",
         "demo-video",
         ("--method", "rtn", "--bits", "w8a8", "--sparsity", "topk:0.25", "--warmup", "0.3", "--dense-qk-bits", "8",
-         "--calibration-samples", "1", "--judging-samples", "2"),
+         "--calibration-samples", "1", "--judging-samples", "1"),
     ),
     quality="psnr",
     file="transformer/diffusion_pytorch_model.safetensors",
@@ -81,23 +84,13 @@ SCENE = Comparison(
     compressed=Side(
         "demo-scene-w4a8",
         "demo-scene",
-        (
-            "--method",
-            "smoothquant",
-            "--bits",
-            "w4a8",
-            "--dense-qk-bits",
-            "8",
-            "--calibration-samples",
-            "4",
-            "--judging-samples",
-            "8",
-        ),
+        ("--method", "smoothquant", "--bits", "w4a8", "--dense-qk-bits", "8",
+         "--calibration-samples", "4", "--judging-samples", "8"),
     ),
     quality="auc30",
     file="model.safetensors",
     results=("scene.glb", "scene.ply", "scene.png", "cameras.json", "run.json"),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,6 +138,7 @@ def run(out: Path, artifacts: Path, results: Path | None = None) -> None:
         shutil.copyfile(ran[SCENE.compressed.name].folder / name, out / name)
     shutil.copyfile(ran[VIDEO.compressed.name].folder / "video.mp4", out / "video.mp4")
     console.print(table(report))
+    console.print(f"compressed layers run as {report['video']['compressed']['kernels']['linear']}")
     seconds, most = time.monotonic() - begun, peak.stop()
     console.print(f"{out}: video.mp4, video.png, scene.glb, scene.png, report.json")
     console.print(f"{seconds:.0f} s, and {most / 2**30:.1f} GiB of memory at most")
@@ -217,20 +211,14 @@ def _cleared(out: Path) -> None:
 
 
 def _lowbit(*words: str) -> None:
-    done = subprocess.run(_command(*words), env=_environment(), check=False)
+    done = subprocess.run(child.command(CLI, *words), env=_environment(), check=False)
     if done.returncode:
         raise ValueError(f"lowbit {' '.join(words)} ended with {done.returncode}")
 
 
-def _command(*words: str) -> list[str]:
-    return [sys.executable, "-P", "-m", "service.cli", *words]
-
-
 def _environment() -> dict[str, str]:
     """Settings of the user's own service are not the demo's."""
-    clean = {name: value for name, value in os.environ.items() if not name.upper().startswith("LOWBIT_")}
-    root = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return clean | {"PYTHONPATH": root}
+    return {name: value for name, value in child.environment().items() if not name.upper().startswith(PREFIX)}
 
 
 @contextmanager
@@ -260,7 +248,7 @@ def served(artifacts: Path, log: Path, settings: dict[str, str] | None = None) -
     with tempfile.TemporaryDirectory(prefix="lowbit-demo-") as data, log.open("wb") as written:
         words = ("serve", "--port", str(port), "--data", data, "--artifacts", str(artifacts))
         environment = _environment() | (settings or {})
-        process = subprocess.Popen(_command(*words), env=environment, stdout=written, stderr=written)
+        process = subprocess.Popen(child.command(CLI, *words), env=environment, stdout=written, stderr=written)
         try:
             url = f"http://127.0.0.1:{port}"
             _ready(url, process, log)
@@ -334,7 +322,7 @@ def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _bars(console: Console) -> Progress:
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-    return Progress(*columns, TimeElapsedColumn(), console=console)
+    return Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=REFRESHES)
 
 
 def _compared(
@@ -376,7 +364,8 @@ def table(report: dict[str, Any]) -> Table:
                 _quality(side),
             )
         ratio = half["ratio"]
-        shown.add_row("", f"{ratio['bytes']:.2f}× smaller", "", f"{ratio['seconds']:.2f}× faster", "", end_section=True)
+        speed = f"{ratio['seconds']:.2f}× faster" if ratio["seconds"] >= 1 else f"{1 / ratio['seconds']:.2f}× slower"
+        shown.add_row("", f"{ratio['bytes']:.2f}× smaller", "", speed, "", end_section=True)
     return shown
 
 

@@ -27,6 +27,7 @@ from quant_runtime.methods import METHODS
 from quant_runtime.sparsity import POLICIES
 from service.settings import DEVICE
 
+REFRESHES = 2  # of a progress bar, a second: what draws it takes a core from what computes
 STAGES = {
     "full precision": "generating in full precision",
     "calibrate": "calibrating",
@@ -86,7 +87,7 @@ def quantize(source: str, made: Recipe, out: Path, device: str, replace: bool, c
     folder = registry.checkpoint(source)
     family = registry.family_of(folder)
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, refresh_per_second=REFRESHES) as progress:
         bars = {}
 
         def show(stage: str, done: int, of: int) -> None:
@@ -122,10 +123,8 @@ def describe(folder: Path, manifest: Manifest) -> Table:
 
 
 def rows(manifest: Manifest) -> list[tuple[str, str]]:
-    layers = manifest.layers.values()
-    formats = Counter(layer.format for layer in layers)
-    packed = sum(layer.bytes for layer in layers)
-    full = sum(2 * (layer.in_features * layer.out_features + layer.bias * layer.out_features) for layer in layers)
+    formats = Counter(layer.format for layer in manifest.layers.values())
+    packed, full = manifest.layer_bytes()
     lines = [
         ("family", manifest.family),
         ("base", manifest.base.name + (f" @ {manifest.base.revision}" if manifest.base.revision else "")),

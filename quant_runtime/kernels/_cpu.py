@@ -1,8 +1,9 @@
 """What the CPU versions share: exact int8 products on any CPU, and scratch memory that is used again.
 
 oneDNN's int8 matmul is exact where the CPU adds products in 32 bits (AVX512-VNNI, AVX-VNNI, AMX). On older CPUs it adds
-pairs in 16 bits, saturates, and returns wrong sums without an error. So it is tried once against int64; where it is
-wrong, float32 products over at most 1024 inputs take its place: 1024 · 128² = 2²⁴, up to which float32 counts exactly.
+pairs in 16 bits, saturates, and returns wrong sums without an error; or torch does not call it at all, and its own loop
+takes many times as long as float32. So it is tried once, against int64 and against float32; where it is wrong or slow,
+float32 products over at most 1024 inputs take its place: 1024 · 128² = 2²⁴, up to which float32 counts exactly.
 
 glibc gives large temporaries back to the kernel, and to fault them in again costs more than the matmul that they serve.
 """
@@ -13,6 +14,8 @@ import ctypes
 import functools
 import logging
 import threading
+import time
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,31 +31,70 @@ log = logging.getLogger(__name__)
 _local = threading.local()
 
 
-def int_matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a int8 [M, K], b int8 [N, K]: the exact a @ b.T into out int32 [M, N], which is returned."""
-    if cpu_int8_path() == "onednn":
-        return torch._int_mm(a, b.t(), out=out)
-    out.zero_()
-    for start in range(0, a.shape[1], EXACT_INPUTS):
-        inputs = slice(start, start + EXACT_INPUTS)
-        out += (a[:, inputs].float() @ b[:, inputs].float().t()).to(torch.int32)
-    return out
+def products(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a [M, K], b [N, K], as `operand` gives them: the exact a @ b.T, rounded once, into out float32 [M, N]."""
+    inputs = a.shape[1]
+    if a.dtype == torch.float32 and inputs <= EXACT_INPUTS:
+        return torch.mm(a, b.t(), out=out)
+    sums = scratch("sums", tuple(out.shape), torch.int32)
+    if a.dtype == torch.int8:
+        return out.copy_(torch._int_mm(a, b.t(), out=sums))
+    sums.zero_()
+    for start in range(0, inputs, EXACT_INPUTS):
+        some = slice(start, start + EXACT_INPUTS)
+        sums += torch.mm(a[:, some], b[:, some].t(), out=out).to(torch.int32)
+    return out.copy_(sums)
+
+
+def operand(x: Tensor, slot: str) -> Tensor:
+    """int8 x as this CPU multiplies it: itself, or float32 in scratch."""
+    if operand_dtype() == torch.int8:
+        return x
+    return scratch(slot, tuple(x.shape), torch.float32).copy_(x)
+
+
+def operand_dtype() -> torch.dtype:
+    return torch.int8 if cpu_int8_path() == "onednn" else torch.float32
 
 
 @functools.cache
 def cpu_int8_path() -> Int8Path:
-    """Which exact int8 product this CPU runs: "float32" where oneDNN's sums are wrong. Tried once, and said once."""
-    path: Int8Path = "onednn" if torch.backends.mkldnn.is_available() and _onednn_is_exact() else "float32"
-    if path == "float32":
-        log.warning("oneDNN's int8 matmul is not exact on this CPU: int8 products run in float32, exact and slower")
-    return path
+    """Which exact int8 product this CPU runs. Tried once, and said once where it is float32's."""
+    why = _why_not_onednn()
+    if why:
+        log.warning("%s: int8 products run in float32, exact and slower than int8 can be", why)
+    return "float32" if why else "onednn"
 
 
-def _onednn_is_exact() -> bool:
-    drawn = torch.Generator().manual_seed(0)
-    a = torch.randint(-127, 128, (64, 256), dtype=torch.int8, generator=drawn)
-    b = torch.randint(-127, 128, (64, 256), dtype=torch.int8, generator=drawn)
+def _why_not_onednn() -> str:
+    """Empty where torch's int8 matmul is exact, and fast. Either way sums are the same, so a clock may choose."""
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
+    if not _int_mm_is_exact():
+        return "oneDNN's int8 matmul is not exact on this CPU"
+    a, b = _drawn(256, 512, seed=0), _drawn(256, 512, seed=1)
+    if _best_seconds(lambda: torch._int_mm(a, b.t())) > _best_seconds(lambda: a.float() @ b.float().t()):
+        return "torch has no fast int8 matmul for this CPU"
+    return ""
+
+
+def _int_mm_is_exact() -> bool:
+    a, b = _drawn(64, 256, seed=0), _drawn(64, 256, seed=1)
     return torch.equal(torch._int_mm(a, b.t()).long(), a.long() @ b.long().t())
+
+
+def _drawn(rows: int, inputs: int, seed: int) -> Tensor:
+    return torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+
+
+def _best_seconds(run: Callable[[], object], tries: int = 5) -> float:
+    run()  # what it sets up once
+    seconds = []
+    for _ in range(tries):
+        begun = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
 
 
 @functools.cache
@@ -92,9 +134,25 @@ def keep_freed_memory() -> bool:
     For the start of a program that computes on the CPU; it concerns every large tensor, outputs included. Elsewhere
     than on glibc it does nothing and says False.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    mallopt = _libc("mallopt")
+    if mallopt is None:
         return False
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     return bool(mallopt(mmap_threshold, 1 << 30)) and bool(mallopt(trim_threshold, (1 << 31) - 1))
+
+
+def give_back_freed_memory() -> bool:
+    """Give back what keep_freed_memory kept, between two pieces of work: what is kept too long is kept in pieces.
+
+    A few hundredths of a second. True where there was some; elsewhere than on glibc it does nothing.
+    """
+    malloc_trim = _libc("malloc_trim")
+    return malloc_trim is not None and bool(malloc_trim(0))
+
+
+def _libc(name: str) -> Callable[..., int] | None:
+    try:
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found

@@ -18,8 +18,9 @@ import math
 
 import torch
 from torch import Tensor, library
+from torch.nn import functional as F
 
-from quant_runtime.kernels._cpu import cpu_int8_path, int_matmul, scratch
+from quant_runtime.kernels._cpu import operand_dtype, products, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
 
 BLOCKS = (16, 32, 64, 128)
@@ -125,6 +126,11 @@ def on_cpu(
     softmax_scale: float,
 ) -> Tensor:
     (batch, heads, tokens, _), out = q.shape, _answer(q, v)
+    every_block = bool((counts == -(-k.shape[2] // block_k)).all())  # lists hold none twice
+    if every_block and q_scale is not None and k_scale is not None and operand_dtype() == torch.float32:
+        real_q = q * _per_token(q_scale, tokens, block_q)[..., None]
+        real_k = k * _per_token(k_scale, k.shape[2], block_k)[..., None]
+        return out.copy_(F.scaled_dot_product_attention(real_q, real_k, v.float(), scale=softmax_scale))
     row_scale = torch.full((batch, heads, tokens), softmax_scale * LOG2E)
     if q_scale is not None:
         row_scale *= _per_token(q_scale, tokens, block_q)
@@ -150,8 +156,7 @@ def _one_head(
 ) -> Tensor:
     """float32 [ceil(N / block_q) * block_q, D], in scratch. Rows of blocks that see equally many keys go together."""
     keys_total, size = k.shape
-    whole = q.dtype == torch.int8 and cpu_int8_path() == "onednn"
-    operand = torch.int8 if whole else torch.float32  # D <= 256: float32 counts int8 products exactly
+    operand = operand_dtype() if q.dtype == torch.int8 else torch.float32
     value = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32  # float16 has no matmul of its own on a CPU
     queries, row_scales = _blocks(q, block_q, operand, "q"), _blocks(row_scale, block_q, torch.float32, "q_scale")
     seen = [_blocks(k, block_k, operand, "k"), _blocks(v, block_k, value, "v")]
@@ -168,7 +173,7 @@ def _one_head(
                 shown = [_gather(x, lists, groups, f"seen {number}") for number, x in enumerate(seen)]
             my_keys, my_values, *my_key_scales = (x[:, :length] for x in shown)
 
-            scores = _products(_gather(queries, chunk, groups, "queries"), my_keys)
+            scores = _scores(_gather(queries, chunk, groups, "queries"), my_keys)
             for scale in my_key_scales:
                 scores.mul_(scale.mT)
             scores.mul_(_gather(row_scales, chunk, groups, "row scales"))
@@ -181,16 +186,14 @@ def _one_head(
     return answer.flatten(0, 1)
 
 
-def _products(q: Tensor, k: Tensor) -> Tensor:
+def _scores(q: Tensor, k: Tensor) -> Tensor:
     """q @ k.mT of [G, n, D] and [G, m, D], both int8 or both float32: float32 [G, n, m], in scratch."""
-    shape = (q.shape[0], q.shape[1], k.shape[1])
-    products = scratch("scores", shape, torch.float32)
+    scores = scratch("scores", (q.shape[0], q.shape[1], k.shape[1]), torch.float32)
     if q.dtype == torch.float32:
-        return torch.bmm(q, k.mT, out=products)
-    sums = scratch("scores", shape, torch.int32)
-    for one, other, into in zip(q.unbind(), k.unbind(), sums.unbind(), strict=True):
-        int_matmul(one, other, into)
-    return products.copy_(sums)
+        return torch.bmm(q, k.mT, out=scores)  # D <= 256: float32 counts int8 products exactly
+    for one, other, into in zip(q.unbind(), k.unbind(), scores.unbind(), strict=True):
+        products(one, other, into)
+    return scores
 
 
 def _blocks(x: Tensor, block: int, dtype: torch.dtype, slot: str) -> Tensor:

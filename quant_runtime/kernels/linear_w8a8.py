@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from quant_runtime.kernels._cpu import int_matmul, row_chunks, scratch
+from quant_runtime.kernels._cpu import operand, products, row_chunks, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
 
 LARGEST_K = 131_072  # 2**17 products of at most 2**14 fill an int32
@@ -62,11 +62,11 @@ def on_cpu(
 ) -> Tensor:
     y = torch.empty(x.shape[0], w.shape[0], dtype=out_dtype)
     offset = None if bias is None else bias.float()
+    weights = operand(w, "linear weights")
     for rows in row_chunks(x.shape[0], max(w.shape)):
         out = y[rows]
-        sums = int_matmul(x[rows], w, scratch("linear", tuple(out.shape), torch.int32))
         real = out if out_dtype == torch.float32 else scratch("linear", tuple(out.shape), torch.float32)
-        real.copy_(sums).mul_(w_scale)
+        products(operand(x[rows], "linear rows"), weights, real).mul_(w_scale)
         if offset is None:
             real.mul_(x_scale[rows, None])
         else:
@@ -149,7 +149,7 @@ def _fake(
     return x.new_empty(x.shape[0], w.shape[0], dtype=out_dtype)
 
 
-# PyTorch's dispatcher is the registry: the reference everywhere, oneDNN's int8 on a CPU, Triton on CUDA.
+# PyTorch's dispatcher is the registry: the reference everywhere, the CPU's exact products there, Triton on CUDA.
 _op = library.custom_op("quant_runtime::linear_w8a8", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)

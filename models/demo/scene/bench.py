@@ -24,12 +24,12 @@ from torch import Tensor
 from models import compress, load, registry
 from models.cameras import decode_pose
 from models.compress import Recipe
+from models.demo import weights
 from models.demo.scene import render, scenes, textures
 from models.scene_metrics import pose_errors, relative_poses
 from models.vggt import Vggt, VggtModel
 from models.vggt_net import Prediction
 from quant_runtime import report
-from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import QuantFormat
 from quant_runtime.kernels._cpu import keep_freed_memory
@@ -71,7 +71,7 @@ def rows(checkpoint: Path, device: str, rounds: int, views: int, aside: Path) ->
         made = compress.compress(
             family, checkpoint, recipe, aside / name, base="demo-scene", device=device, on_progress=lambda *_: None
         )
-        yield from sizes(name, checkpoint, aside / name, made)
+        yield from weights.rows(name, checkpoint / WEIGHTS, aside / name / WEIGHTS, made)
         opened = load.load(aside / name, device, check=False)
         assert isinstance(opened, VggtModel)
         models[name] = opened
@@ -113,16 +113,6 @@ def apart(got: Prediction, want: Prediction, side: int) -> dict[str, float]:
         "pose_difference": report.rounded(float(pose_errors(*poses).median())),
         "depth_difference": report.rounded(float(((got.depth - want.depth).abs() / want.depth).mean())),
     }
-
-
-def sizes(name: str, checkpoint: Path, artifact: Path, manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """Bytes of the compressed layers and of the whole network's file, against the checkpoint's 16 bits."""
-    layers = manifest.layers.values()
-    half = sum(2 * (layer.in_features * layer.out_features + layer.bias * layer.out_features) for layer in layers)
-    packed = sum(layer.bytes for layer in layers)
-    before, after = ((folder / WEIGHTS).stat().st_size for folder in (checkpoint, artifact))
-    for metric, small, large in (("block linears", packed, half), ("network file", after, before)):
-        yield report.row(name, metric, small, "bytes", "lower", samples=1, baseline=("16 bits", large))
 
 
 def main() -> None:

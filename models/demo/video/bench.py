@@ -21,6 +21,7 @@ import torch
 from models import compress, registry, wan
 from models.base import VideoInputs
 from models.compress import Recipe
+from models.demo import weights
 from models.wan import Wan, WanModel
 from quant_runtime import quality, report
 from quant_runtime.attention import AttentionPlan
@@ -55,7 +56,7 @@ def rows(checkpoint: Path, device: str, rounds: int, steps: int | None, artifact
     made = compress.compress(
         Wan(), checkpoint, recipe, artifact, base="demo-video", device=device, on_progress=lambda *_: None
     )
-    yield from sizes(checkpoint, artifact, made)
+    yield from weights.rows("W4A8", checkpoint / WEIGHTS, artifact / WEIGHTS, made)
     models = {
         (name, quantized): opened(artifact if quantized else checkpoint, device, dtype)
         for quantized in (False, True)
@@ -86,16 +87,6 @@ def rows(checkpoint: Path, device: str, rounds: int, steps: int | None, artifact
             baseline=(BASELINE, median(times[BASELINE])), spread=max(seconds) - min(seconds),
             error={"psnr": psnr, "effective_density": round(densities[name], 4)},
         )  # fmt: skip
-
-
-def sizes(checkpoint: Path, artifact: Path, manifest: Any) -> Iterator[dict[str, Any]]:
-    """Bytes of the compressed layers and of the transformer's file, against the checkpoint's 16 bits."""
-    layers = manifest.layers.values()
-    half = sum(2 * (layer.in_features * layer.out_features + layer.bias * layer.out_features) for layer in layers)
-    packed = sum(layer.bytes for layer in layers)
-    before, after = ((folder / WEIGHTS).stat().st_size for folder in (checkpoint, artifact))
-    for metric, small, large in (("block linears", packed, half), ("transformer file", after, before)):
-        yield report.row("W4A8", metric, small, "bytes", "lower", samples=1, baseline=("16 bits", large))
 
 
 def main() -> None:

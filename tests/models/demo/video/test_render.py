@@ -3,6 +3,8 @@ import torch
 
 from models.demo.video import captions, render
 
+UNSEEN = 1e-4  # of a range of 2: float32 sums in another order, and an eightieth of a picture's least step
+
 
 def test_pixels_lie_between_minus_one_and_one_and_the_object_moves():
     clips = captions.held_out(0)[slice(0, 4)]
@@ -17,7 +19,7 @@ def test_one_clip_looks_the_same_in_any_batch():
     clips = captions.sample(6, seed=2)
     together = render.render(clips, 3, 48, 80)
     alone = torch.cat([render.render(clips[slice(i, i + 1)], 3, 48, 80) for i in range(6)])
-    torch.testing.assert_close(together, alone)
+    assert (together - alone).abs().max() < UNSEEN
 
 
 def test_a_static_camera_leaves_the_background_still():

@@ -1,0 +1,32 @@
+"""Convolutions of a float32 video autoencoder on a CPU: by oneDNN, as torch does it in bfloat16.
+
+In float32 torch takes oneDNN for large inputs alone, and measures them by their first four dimensions: of a film that
+is decoded a few frames at a time the width does not count. What it takes instead makes a whole decode take twice the
+time and twice the memory: it writes every input out once for each weight of a filter.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+
+def by_onednn(network: nn.Module) -> None:
+    """From now on the float32 nn.Conv3d layers of `network`, which lies on a CPU, go through oneDNN. For inference."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv3d) and _is_plain(layer):
+            setattr(layer, "_conv_forward", MethodType(_conv_forward, layer))  # noqa: B010  a method, to mypy
+
+
+def _is_plain(layer: nn.Conv3d) -> bool:
+    zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return zeros and layer.weight.dtype == torch.float32
+
+
+def _conv_forward(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert not isinstance(layer.padding, str)
+    return torch.mkldnn_convolution(x, weight, bias, layer.padding, layer.stride, layer.dilation, layer.groups)
