@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 from models import compress, load, registry
 from models.base import BadInput, SceneInputs, VideoInputs
 from models.compress import Recipe
+from models.published import PUBLISHED
 from models.wan import Serving, Wan
 from quant_runtime.artifact import ArtifactError
 from quant_runtime.attention import AttentionPlan
@@ -68,6 +69,14 @@ def test_a_folder_is_recognized_by_its_index_alone(checkpoint, tmp_path):
     assert registry.family_of(checkpoint).name == "wan"
     with pytest.raises(ValueError, match="no checkpoint"):
         registry.family_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "gib"), [("wan-2.1-1.3b", 1.4190, 2.643), ("wan-2.1-14b", 14.2885, 26.614)]
+)
+def test_at_its_true_size_it_has_the_published_parameters(name, billions, gib):
+    counted = sum(parameter.numel() for parameter in PUBLISHED[name].on_meta().parameters())
+    assert (round(counted / 1e9, 4), round(2 * counted / 2**30, 3)) == (billions, gib)
 
 
 def test_dense_in_full_precision_it_films_what_diffusers_films(checkpoint, model):

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors.torch import load_file
 
-from models import wan
+from models import video
 from models.base import VideoLimits
 from models.demo.video import captions, networks
 from models.wan import Serving
@@ -43,7 +43,7 @@ def assemble(vae: Path, dit: Path, out: Path) -> None:
     )
     shutil.rmtree(out, ignore_errors=True)
     pipeline.save_pretrained(out)
-    wan.write_serving(out, serving())
+    video.write_serving(out, serving())
 
 
 def serving() -> Serving:

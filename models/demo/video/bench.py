@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from models import compress, registry, wan
+from models import compress, registry
 from models.base import VideoInputs
 from models.compress import Recipe
 from models.demo import weights
@@ -47,7 +47,7 @@ def plan(sparse: bool, quantized: bool) -> AttentionPlan:
 def opened(folder: Path, device: str, dtype: torch.dtype) -> WanModel:
     """A checkpoint or an artifact with its transformer in `dtype`, and one and the same decoder for all."""
     model = Wan().load(folder, device, {"transformer": dtype, "default": torch.float32})
-    wan.fuse_projections(model.network)
+    model.fuse_projections()
     return model
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from models import tiny
 from models.demo.video import captions
 
 FLOW_SHIFT = 3.0
@@ -84,21 +84,7 @@ def text_encoder(sizes: Sizes) -> UMT5EncoderModel:
 
 def tokenizer(sizes: Sizes) -> PreTrainedTokenizerFast:
     """Byte-level BPE with merges from the caption grammar: a word of it is one token, any other text its bytes."""
-    lines = captions.describe(captions.sample(4000, seed=1), seed=1)
-    plain = Tokenizer(models.BPE())
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    plain.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=sizes.vocabulary,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    plain.train_from_iterator(lines, trainer)
-    plain.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
+    return tiny.byte_pairs(captions.describe(captions.sample(4000, seed=1), seed=1), sizes.vocabulary)
 
 
 def scheduler() -> UniPCMultistepScheduler:

@@ -1,0 +1,347 @@
+"""What families of video generators in diffusers' layout have in common: films from prompts.
+
+A family's own file says which pipeline it is, what of its network shrinks, how its attention runs, and what it takes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
+
+import diffusers
+import numpy as np
+import pydantic
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+import quant_runtime.diffusers
+from models import convolutions, run_record, video_files
+from models.base import BadInput, Kind, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
+from models.precision import fast_float
+from models.run_record import Clock
+from quant_runtime import artifact, quality
+from quant_runtime.artifact import Manifest
+from quant_runtime.attention import AttentionPlan, AttentionState, describe_paths
+from quant_runtime.kernels._cpu import give_back_freed_memory
+from quant_runtime.linear import QuantLinear, fuse
+from quant_runtime.sparsity.base import TokenLayout
+
+SERVING = "serving.json"  # beside model_index.json: what this checkpoint takes, where that is not its family's own
+PROMPTS = (  # where a checkpoint names none of its own
+    "A ginger cat walks along a garden wall at sunset, the camera follows from the side",
+    "Waves break on a rocky shore under a grey sky, slow motion",
+    "A chef tosses vegetables in a pan over a high flame, close-up",
+    "A red tram crosses a rainy square at night, reflections on the ground",
+    "A child blows soap bubbles in a park, the bubbles drift towards the camera",
+    "An eagle glides over snowy mountains, aerial view",
+    "A potter shapes a clay bowl on a spinning wheel, hands in focus",
+    "Time-lapse of clouds passing over a wheat field",
+)
+
+_STRICT = pydantic.ConfigDict(extra="forbid")
+_Prompts = Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
+class _Limits(VideoLimits):
+    """Checked."""
+
+
+Limits = _Limits | VideoLimits
+Tokens = Annotated[int, pydantic.Field(ge=1, strict=True)]
+
+
+class Serving(pydantic.BaseModel):
+    """What a checkpoint is run with. A family's own class has its defaults."""
+
+    model_config = _STRICT
+
+    limits: Limits
+    max_tokens: Tokens  # prompts are padded to it; longer are refused
+    calibration: _Prompts = PROMPTS[:4]
+    judging: _Prompts = PROMPTS[4:]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The checkpoint's own, where it has one. ValueError names the file and the field that will not do."""
+        path = folder / SERVING
+        try:
+            return cls.model_validate_json(path.read_bytes() if path.is_file() else "{}")
+        except pydantic.ValidationError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def write_serving(folder: Path, serving: Serving) -> None:
+    (folder / SERVING).write_text(serving.model_dump_json(indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Film:
+    frames: np.ndarray  # uint8 [T, H, W, 3]
+    seconds: dict[str, float]  # text, denoise, decode
+
+
+class VideoModel(ABC):
+    """One loaded pipeline. `network` is its transformer."""
+
+    kind: Kind = "video"
+    blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks.",)  # where in the network the layers are that shrink
+    projections: ClassVar[Mapping[str, Sequence[str]]] = {"fused_qkv": ("to_q", "to_k", "to_v")}  # of self-attentions
+    processor: ClassVar[Any]  # made of a layer's number and of this model: how that self-attention runs
+
+    def __init__(self, pipe: Any, serving: Serving, device: str) -> None:
+        self.pipe, self.serving = pipe, serving
+        self.kernels = describe_paths(device)
+        self.network: Any = pipe.transformer
+        pipe.set_progress_bar_config(disable=True)
+        self.layout = TokenLayout(1, 1, 1)
+        self._signature = inspect.signature(self.network.forward)
+        self.network.register_forward_pre_hook(self._before, with_kwargs=True)
+        self.attend(AttentionPlan())
+
+    @abstractmethod
+    def attentions(self) -> Mapping[str, Any]:
+        """The network's self-attentions by name, in the order they run in."""
+
+    @abstractmethod
+    def enter(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Sets `layout` from what the network is given, by name, and returns what it is to be given instead."""
+
+    @abstractmethod
+    def asked(self, inputs: VideoInputs) -> dict[str, Any]:
+        """The prompts, encoded, and how strongly they guide: what the pipeline takes for them, by name."""
+
+    def tokens(self, prompt: str) -> int:
+        """How many of `serving.max_tokens` a prompt takes."""
+        return len(self.pipe.tokenizer(prompt).input_ids)
+
+    def _before(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        return (), self.enter(dict(self._signature.bind(*args, **kwargs).arguments))
+
+    def attend(self, plan: AttentionPlan) -> None:
+        self.attention = AttentionState(plan)
+        for layer, attention in enumerate(self.attentions().values()):
+            attention.set_processor(self.processor(layer, self))
+
+    def layers(self) -> list[str]:
+        """Everything linear inside the blocks, modulation included. Embedders and head stay as they are."""
+        return [n for n, m in self.network.named_modules() if n.startswith(self.blocks) and isinstance(m, nn.Linear)]
+
+    def shared(self) -> list[Sequence[str]]:
+        return [
+            [f"{name}.{projection}" for projection in group]
+            for name, attention in self.attentions().items()
+            for group in self.projections.values()
+            if getattr(attention, group[0], None) is not None
+        ]
+
+    def fuse_projections(self) -> None:
+        """Quantized projections of one input become one layer, so that it is rounded once."""
+        for attention in self.attentions().values():
+            for fused, group in self.projections.items():
+                layers = [layer for name in group if isinstance(layer := getattr(attention, name, None), QuantLinear)]
+                if len(layers) == len(group):
+                    setattr(attention, fused, fuse(layers))
+                    for name in group:
+                        delattr(attention, name)
+
+    def projected(self, attention: Any, x: Tensor, fused: str = "fused_qkv") -> Sequence[Tensor]:
+        """x [B, N, C] as queries, keys and values [B, N, H * D] of `attention`, whether its layers are fused or not."""
+        layer = getattr(attention, fused, None)
+        if layer is None:
+            return [getattr(attention, name)(x) for name in self.projections[fused]]
+        return layer(x).chunk(3, dim=-1)
+
+    def limits(self) -> VideoLimits:
+        return self.serving.limits
+
+    def calibrate(self, samples: int, on_sample: OnStep) -> None:
+        """Short runs (8 steps at most) of the default size: each prompt sees noise of every level."""
+        self._films(self.serving.calibration, samples, min(8, self.limits().steps), on_sample)
+
+    def outputs(self, samples: int, on_sample: OnStep) -> list[Tensor]:
+        """uint8 [T, H, W, 3] of each judging prompt, seed 0 and up, defaults throughout."""
+        return self._films(self.serving.judging, samples, self.limits().steps, on_sample)
+
+    def _films(self, prompts: Sequence[str], samples: int, steps: int, on_sample: OnStep) -> list[Tensor]:
+        size, films = self.limits(), []
+        for i in range(samples):
+            inputs = VideoInputs(
+                prompt=prompts[i % len(prompts)], width=size.width, height=size.height, frames=size.frames,
+                fps=size.fps, steps=steps, guidance=size.guidance, seed=i,
+            )  # fmt: skip
+            films.append(torch.from_numpy(self.film(inputs, lambda done, of: None).frames))
+            on_sample(i + 1, samples)
+        return films
+
+    def run(self, inputs: VideoInputs | SceneInputs, folder: Path, on_step: OnStep) -> Outputs:
+        """video.mp4, poster.jpg and run.json."""
+        if not isinstance(inputs, VideoInputs):
+            raise BadInput("artifact", "this artifact makes videos from prompts; it reconstructs no scenes")
+        begun = time.perf_counter()
+        film = self.film(inputs, on_step)
+        video_files.write_mp4(film.frames, folder / "video.mp4", inputs.fps)
+        video_files.write_poster(film.frames, folder / "poster.jpg")
+        seconds = film.seconds | {"total": time.perf_counter() - begun}
+        return Outputs(
+            (
+                OutputFile("video.mp4", "video/mp4", folder / "video.mp4"),
+                OutputFile("poster.jpg", "image/jpeg", folder / "poster.jpg"),
+                run_record.write(folder, inputs, self, seconds, tokens=self.layout.tokens),
+            )
+        )
+
+    @torch.inference_mode()
+    def film(self, inputs: VideoInputs, on_step: OnStep) -> Film:
+        """The same inputs on the same device give the same film; noise is drawn on the CPU."""
+        self.check(inputs)
+        self.attention.start(inputs.steps)
+        clock = Clock()
+        asked = self.asked(inputs)
+        clock.lap("text")
+
+        def stepped(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(step + 1, inputs.steps)
+            if step + 1 < inputs.steps:
+                self.attention.at(step + 1)
+            else:
+                clock.lap("denoise")
+            return tensors
+
+        video = self.pipe(
+            **asked,
+            height=inputs.height,
+            width=inputs.width,
+            num_frames=inputs.frames,
+            num_inference_steps=inputs.steps,
+            generator=torch.Generator("cpu").manual_seed(inputs.seed),
+            callback_on_step_end=stepped,
+            output_type="pt",
+        ).frames[0]
+        if not bool(torch.isfinite(video).all()):
+            raise FloatingPointError("the model made values that are not finite")
+        frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        give_back_freed_memory()
+        clock.lap("decode")
+        return Film(frames, clock.seconds)
+
+    def check(self, inputs: VideoInputs) -> None:
+        """What would end deep inside the pipeline, or be cut unseen, said at the door."""
+        size = self.limits()
+        for name, value in (("width", inputs.width), ("height", inputs.height)):
+            if value % size.size_multiple or not 0 < value <= size.max_side:
+                raise BadInput(name, f"{name} is a multiple of {size.size_multiple} up to {size.max_side}, got {value}")
+        if inputs.width * inputs.height > size.max_pixels:
+            asked = f"{inputs.width}x{inputs.height}"
+            raise BadInput("width", f"width times height is at most {size.max_pixels} pixels, got {asked}")
+        if (inputs.frames - 1) % size.frames_step or not 0 < inputs.frames <= size.max_frames:
+            wanted = f"{size.frames_step}n + 1 up to {size.max_frames}"
+            raise BadInput("frames", f"frames are {wanted}, got {inputs.frames}")
+        if not 0 < inputs.steps <= size.max_steps:
+            raise BadInput("steps", f"steps are 1 to {size.max_steps}, got {inputs.steps}")
+        for name, text in (("prompt", inputs.prompt), ("negative_prompt", inputs.negative_prompt)):
+            tokens = self.tokens(text)
+            if tokens > self.serving.max_tokens:
+                raise BadInput(name, f"{name} is at most {self.serving.max_tokens} tokens long, got {tokens}")
+
+
+M = TypeVar("M", bound=VideoModel)
+
+
+class PipelineFamily(ABC, Generic[M]):
+    """Folders that one of diffusers' pipelines is saved in."""
+
+    name: str
+    kind: Kind = "video"
+    component = "transformer"
+    pipeline: ClassVar[Any]  # diffusers' class
+    model: type[M]
+    serving: ClassVar[type[Serving]]
+
+    def recognizes(self, folder: Path) -> bool:
+        path = folder / "model_index.json"
+        if not path.is_file():
+            return False
+        try:
+            index = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        return isinstance(index, dict) and index.get("_class_name") == self.pipeline.__name__
+
+    def load(self, folder: Path, device: str, dtype: torch.dtype | dict[str, torch.dtype]) -> M:
+        for library in (diffusers, transformers):  # their bars would be drawn across ours, and into a worker's log
+            library.utils.logging.disable_progress_bar()
+        try:
+            pipe = self.pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{folder} is not a whole {self.pipeline.__name__}: {error}") from error
+        self.check(pipe, folder)
+        pipe.to(device)
+        if device == "cpu":
+            convolutions.by_onednn(pipe.vae)
+        return self.model(pipe, self.serving.read(folder), device)
+
+    def check(self, pipe: Any, folder: Path) -> None:
+        """Raises ValueError for a pipeline of this class that is of another kind than those that are run."""
+
+    def open(self, folder: Path, manifest: Manifest, device: str) -> M:
+        """In bfloat16 where the device multiplies it itself, else in float32.
+
+        On a CPU int8 layers come with float32 around them: there norms and roundings are faster so.
+        """
+        half = fast_float(device)
+        around = torch.float32 if device == "cpu" and manifest.layers else half
+        model = self.load(folder, device, self.dtypes(around, half))
+        model.fuse_projections()
+        if manifest.attention is not None:
+            model.attend(manifest.attention.plan())
+        return model
+
+    def dtypes(self, around: torch.dtype, half: torch.dtype) -> dict[str, torch.dtype]:
+        """What each part is loaded in: `around` the quantized layers, and the device's `half`."""
+        return {"transformer": around, "text_encoder": around, "default": half}
+
+    def write(self, model: M, source: Path, target: Path) -> None:
+        for path in sorted(source.iterdir()):
+            if path.name != self.component:
+                artifact.link_or_copy(path, target / path.name)
+        network = model.network
+        specs = {name: m.spec for name, m in network.named_modules() if isinstance(m, QuantLinear)}
+        if specs:
+            quant_runtime.diffusers.mark(network, specs)
+        narrow(network)
+        network.save_pretrained(target / self.component)
+
+    def score(self, outputs: Sequence[Tensor], full: Sequence[Tensor]) -> dict[str, float]:
+        """PSNR in dB and SSIM against full precision, mean over the films."""
+        pairs = list(zip(full, outputs, strict=True))
+        return {
+            "psnr": sum(quality.psnr(a, b) for a, b in pairs) / len(pairs),
+            "ssim": sum(quality.ssim(a, b) for a, b in pairs) / len(pairs),
+        }
+
+    @abstractmethod
+    def tiny(self, folder: Path) -> None:
+        """Write a checkpoint with random weights and the real layout, small enough for a test."""
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbouring channels of x [..., D] turned as pairs; cos and sin, to be broadcast to x, hold each angle twice."""
+    turn = torch.complex(cos[..., 0::2].float(), sin[..., 1::2].float())
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
+
+
+def narrow(network: nn.Module) -> None:
+    """Floats to bfloat16. Of a checkpoint in bfloat16 nothing is lost; others are rounded here."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.bfloat16)
