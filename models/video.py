@@ -132,8 +132,12 @@ class VideoModel(ABC):
             attention.set_processor(self.processor(layer, self))
 
     def layers(self) -> list[str]:
+        return self.linears(self.network)
+
+    @classmethod
+    def linears(cls, network: nn.Module) -> list[str]:
         """Everything linear inside the blocks, modulation included. Embedders and head stay as they are."""
-        return [n for n, m in self.network.named_modules() if n.startswith(self.blocks) and isinstance(m, nn.Linear)]
+        return [n for n, m in network.named_modules() if n.startswith(cls.blocks) and isinstance(m, nn.Linear)]
 
     def shared(self) -> list[Sequence[str]]:
         return [
@@ -262,7 +266,10 @@ class PipelineFamily(ABC, Generic[M]):
     name: str
     kind: Kind = "video"
     component = "transformer"
+    weights = "diffusion_pytorch_model"
+    stored = torch.bfloat16
     pipeline: ClassVar[Any]  # diffusers' class
+    transformer: ClassVar[Any]  # and that of its network
     model: type[M]
     serving: ClassVar[type[Serving]]
 
@@ -310,15 +317,36 @@ class PipelineFamily(ABC, Generic[M]):
         return {"transformer": around, "text_encoder": around, "default": half}
 
     def write(self, model: M, source: Path, target: Path) -> None:
+        self.write_around(model.network, source, target)
+        narrow(model.network, self.stored)
+        artifact.write_weights(model.network, target / self.component, self.weights)
+
+    def write_around(self, network: Any, source: Path, target: Path) -> None:
+        """Every file of an artifact but its weights and its manifest. `network` may be on the meta device."""
         for path in sorted(source.iterdir()):
             if path.name != self.component:
                 artifact.link_or_copy(path, target / path.name)
-        network = model.network
         specs = {name: m.spec for name, m in network.named_modules() if isinstance(m, QuantLinear)}
         if specs:
             quant_runtime.diffusers.mark(network, specs)
-        narrow(network)
-        network.save_pretrained(target / self.component)
+        network.save_config(target / self.component)
+
+    def skeleton(self, folder: Path) -> nn.Module:
+        """A checkpoint's network on the meta device, by its config."""
+        path = folder / self.component / "config.json"
+        try:
+            config = self.transformer.load_config(path, local_files_only=True)
+            with torch.device("meta"):
+                network: nn.Module = self.transformer.from_config(config)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} describes no {self.transformer.__name__}: {error}") from error
+        return network
+
+    def linears(self, network: nn.Module) -> list[str]:
+        return self.model.linears(network)
+
+    def limits(self, folder: Path) -> VideoLimits:
+        return self.serving.read(folder).limits
 
     def score(self, outputs: Sequence[Tensor], full: Sequence[Tensor]) -> dict[str, float]:
         """PSNR in dB and SSIM against full precision, mean over the films."""
@@ -340,8 +368,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
 
 
-def narrow(network: nn.Module) -> None:
+def narrow(network: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     """Floats to bfloat16. Of a checkpoint in bfloat16 nothing is lost; others are rounded here."""
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(torch.bfloat16)
+            tensor.data = tensor.data.to(dtype)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
 from models import video
@@ -86,6 +86,7 @@ class Wan(PipelineFamily[WanModel]):
 
     name = "wan"
     pipeline = WanPipeline
+    transformer = WanTransformer3DModel
     model = WanModel
     serving = Serving
 

@@ -71,7 +71,10 @@ class SpecRecord(_Strict):
 
 
 class LayerRecord(SpecRecord):
-    """One quantized layer. SQNRs in dB, of its weights and of its answers to calibration inputs; None where equal."""
+    """One quantized layer. SQNRs in dB, of its weights and of its answers to calibration inputs.
+
+    None where nothing was lost, or where nothing was run.
+    """
 
     in_features: int
     out_features: int
@@ -186,8 +189,8 @@ def quantization_config(specs: Mapping[str, LinearSpec]) -> dict[str, Any]:
     return {"quant_method": "lowbit", "version": VERSION, "layers": layers}
 
 
-def _finite(decibels: float) -> float | None:
-    return round(decibels, 3) if math.isfinite(decibels) else None
+def _finite(decibels: float | None) -> float | None:
+    return round(decibels, 3) if decibels is not None and math.isfinite(decibels) else None
 
 
 def check_free(folder: Path, replace: bool) -> None:
@@ -207,31 +210,38 @@ def save(folder: Path, manifest: Manifest, write: Callable[[Path], None], *, rep
     folder = Path(folder)
     check_free(folder, replace)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = secrets.token_hex(4)
-    aside = folder.parent / f".{folder.name}.partial-{mark}"
+    aside = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
     aside.mkdir()
     try:
         write(aside)
-        files = {name: _record(aside / name) for name in _files(aside)}
-        whole = manifest.model_copy(update={"files": files})
-        Manifest.model_validate(whole.model_dump())
-        (aside / MANIFEST).write_text(whole.model_dump_json(indent=1) + "\n")
-        _sync(aside)
-        if folder.exists():
-            old = folder.parent / f".{folder.name}.replaced-{mark}"
-            folder.rename(old)
-            try:
-                aside.rename(folder)
-            except OSError:
-                old.rename(folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            aside.rename(folder)
-        _sync_one(folder.parent)
+        return finish(aside, folder, manifest)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def finish(aside: Path, folder: Path, manifest: Manifest) -> Manifest:
+    """The artifact's files, whole in `aside`, become the artifact `folder`, in the place of the one that is there.
+
+    They are hashed, and on the disk before they get their name. Returns the manifest with its files.
+    """
+    files = {name: _record(aside / name) for name in _files(aside)}
+    whole = manifest.model_copy(update={"files": files})
+    Manifest.model_validate(whole.model_dump())
+    (aside / MANIFEST).write_text(whole.model_dump_json(indent=1) + "\n")
+    _sync(aside)
+    if folder.exists():
+        old = folder.parent / f".{folder.name}.replaced-{secrets.token_hex(4)}"
+        folder.rename(old)
+        try:
+            aside.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+        shutil.rmtree(old)
+    else:
+        aside.rename(folder)
+    _sync_one(folder.parent)
     return whole
 
 

@@ -28,7 +28,7 @@ class LayerReport:
     bias: bool
     stored_bytes: int
     weight_sqnr: float  # of the weights as they would stand in the layer that was replaced
-    output_sqnr: float  # of the layer's answer to the rows that calibration sampled
+    output_sqnr: float | None  # of the layer's answer to the rows that calibration sampled
 
 
 def convert(
@@ -54,7 +54,7 @@ def convert(
         if format_.quantized:
             quantized = method.quantize(layer, stats[name], format_)
             assert isinstance(quantized, QuantLinear)
-            reports[name] = _report(layer, quantized, stats[name])
+            reports[name] = report(layer, quantized, stats[name])
             model.set_submodule(name, quantized.train(layer.training))
         if on_layer is not None:
             on_layer(name, done, len(plan))
@@ -62,8 +62,12 @@ def convert(
 
 
 @torch.inference_mode()
-def _report(layer: nn.Linear, quantized: QuantLinear, stats: LayerStats) -> LayerReport:
-    rows = stats.sample.to(layer.weight.device, layer.weight.dtype)
+def report(layer: nn.Linear, quantized: QuantLinear, stats: LayerStats | None) -> LayerReport:
+    """What `layer` became; without `stats`, nothing is said of its answers."""
+    answers = None
+    if stats is not None:
+        rows = stats.sample.to(layer.weight.device, layer.weight.dtype)
+        answers = sqnr(layer(rows), quantized(rows))
     return LayerReport(
         spec=quantized.spec,
         in_features=layer.in_features,
@@ -71,7 +75,7 @@ def _report(layer: nn.Linear, quantized: QuantLinear, stats: LayerStats) -> Laye
         bias=layer.bias is not None,
         stored_bytes=quantized.stored_bytes(),
         weight_sqnr=sqnr(layer.weight, quantized.effective_weight()),
-        output_sqnr=sqnr(layer(rows), quantized(rows)),
+        output_sqnr=answers,
     )
 
 

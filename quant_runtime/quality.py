@@ -9,13 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SAME_FRAME_DB = 100.0  # what a frame without any difference counts in a mean; one step in one channel of 8K is 98 dB
+AT_ONCE = 1 << 20  # numbers that are float64 at a time: a layer of a large model has a hundred million
 
 
 def sqnr(want: Tensor, got: Tensor) -> float:
     """Signal to quantization noise in dB: 10 log10(|want|² / |want - got|²), in float64. inf for equal tensors."""
-    want, got = want.detach().double(), got.detach().double()
-    noise = float((want - got).square().sum())
-    return math.inf if noise == 0 else 10 * math.log10(float(want.square().sum()) / noise)
+    signal = noise = 0.0
+    for some, its in zip(want.detach().flatten().split(AT_ONCE), got.detach().flatten().split(AT_ONCE), strict=True):
+        wide = some.double()
+        signal += float(wide.square().sum())
+        noise += float((wide - its.double()).square().sum())
+    return math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def psnr(want: Tensor, got: Tensor) -> float:

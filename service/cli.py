@@ -127,6 +127,14 @@ def quantize(
     ] = None,
     device: Device = None,
     replace: Annotated[bool, typer.Option(help="Put it in the place of the artifact that is there.")] = False,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Layer by layer, for a checkpoint larger than memory, with rtn or quarot: nothing is run or measured, "
+            "and after a crash the same command goes on where it was.",
+        ),
+    ] = False,
 ) -> None:
     """Make a checkpoint into an artifact: calibrate, convert, write, and measure how close it stays."""
     from rich.console import Console
@@ -138,7 +146,8 @@ def quantize(
         plan = offline.plan(sparsity, warmup, qk_bits, dense_qk_bits)
         recipe = offline.recipe(method, bits, option or [], plan, calibration_samples, judging_samples)
         device = device or os.environ.get("LOWBIT_DEVICE", "auto")
-        manifest = offline.quantize(source, recipe, out, device, replace, console)
+        make = offline.stream if stream else offline.quantize
+        manifest = make(source, recipe, out, device, replace, console)
         console.print(offline.describe(out, manifest))
 
 

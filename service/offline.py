@@ -12,11 +12,21 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from models import compress, registry
+from models import stream as layers
 from models.compress import Recipe
+from models.stream import Streamed
 from quant_runtime import artifact, fields
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, QkBits
@@ -96,9 +106,34 @@ def quantize(source: str, made: Recipe, out: Path, device: str, replace: bool, c
             progress.update(bars[stage], completed=done)
 
         return compress.compress(
-            family, folder, made, out, base=source if source in registry.SHIPPED else folder.name,
+            family, folder, made, out, base=_base(source, folder),
             device=resolve(device), on_progress=show, replace=replace,
         )  # fmt: skip
+
+
+def stream(source: str, made: Recipe, out: Path, device: str, replace: bool, console: Console) -> Manifest:
+    """The same layer by layer, with a bar of the checkpoint's bytes. What a recipe says of samples is not looked at."""
+    folder = registry.checkpoint(source)
+    family = registry.family_of(folder)
+    if not isinstance(family, Streamed):
+        raise ValueError(f"checkpoints of {family.name} are not read layer by layer yet: leave out --stream")
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, refresh_per_second=REFRESHES) as progress:
+        bar = progress.add_task("quantizing layer by layer", total=None)
+        return layers.compress(
+            family, folder, made.method, made.format, made.attention, out, base=_base(source, folder),
+            device=resolve(device), replace=replace,
+            on_bytes=lambda done, of: progress.update(bar, completed=done, total=of),
+        )  # fmt: skip
+
+
+def _base(source: str, folder: Path) -> str:
+    return source if source in registry.SHIPPED else folder.name
 
 
 def resolve(device: str) -> str:

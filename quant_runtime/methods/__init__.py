@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
 from quant_runtime.calibrate import LayerStats
 from quant_runtime.formats import QuantFormat
+from quant_runtime.linear import LinearSpec, QuantLinear
 from quant_runtime.methods.none import Keep
 from quant_runtime.methods.quarot import QuaRot
 from quant_runtime.methods.rtn import Rtn
@@ -20,6 +21,17 @@ class Method(Protocol):
     def quantize(self, layer: nn.Linear, stats: LayerStats, fmt: QuantFormat) -> nn.Module:
         """The layer that takes the place of `layer`, on its device. `layer` itself is not changed."""
         ...
+
+
+@runtime_checkable
+class DataFree(Protocol):
+    """A method that looks at nothing but the weights: it can take a checkpoint layer by layer, and run none of it."""
+
+    def spec(self, in_features: int, fmt: QuantFormat) -> LinearSpec:
+        """Of the layer that `quantize` makes of one with so many inputs."""
+        ...
+
+    def quantize(self, layer: nn.Linear, stats: LayerStats | None, fmt: QuantFormat) -> QuantLinear: ...
 
 
 METHODS: dict[str, type[Method]] = {

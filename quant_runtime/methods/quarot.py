@@ -34,14 +34,18 @@ class QuaRot:
         if self.block < 0 or self.block & (self.block - 1):
             raise ValueError(f"block is a power of two, or 0 for the largest that fits; got {self.block}")
 
-    def quantize(self, layer: nn.Linear, stats: LayerStats, fmt: QuantFormat) -> QuantLinear:
-        block = min(self.block or layer.in_features, largest_block(layer.in_features))
-        if block == 1:  # an odd number of inputs: there is nothing to turn
+    def spec(self, in_features: int, fmt: QuantFormat) -> LinearSpec:
+        block = min(self.block or in_features, largest_block(in_features))
+        return LinearSpec(fmt, rotation=block if block > 1 else 0)  # an odd number of inputs: there is nothing to turn
+
+    def quantize(self, layer: nn.Linear, stats: LayerStats | None, fmt: QuantFormat) -> QuantLinear:
+        spec = self.spec(layer.in_features, fmt)
+        if not spec.rotation:
             return self.rounding.quantize(layer, stats, fmt)
         signs = random_signs(layer.in_features, self.seed).to(layer.weight.device)
-        turned = hadamard(layer.weight.detach().float(), signs, block)
+        turned = hadamard(layer.weight.detach().float(), signs, spec.rotation)
         whole, scale = self.rounding.round_weight(turned, fmt)
-        return QuantLinear.of(whole, scale, LinearSpec(fmt, rotation=block), layer.bias, signs=signs)
+        return QuantLinear.of(whole, scale, spec, layer.bias, signs=signs)
 
 
 def random_signs(count: int, seed: int) -> Tensor:

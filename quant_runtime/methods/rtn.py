@@ -30,9 +30,12 @@ class Rtn:
         if self.clip not in ("absmax", "mse"):
             raise ValueError(f"clip is absmax or mse; got {self.clip!r}")
 
-    def quantize(self, layer: nn.Linear, stats: LayerStats, fmt: QuantFormat) -> QuantLinear:
+    def spec(self, in_features: int, fmt: QuantFormat) -> LinearSpec:
+        return LinearSpec(fmt)
+
+    def quantize(self, layer: nn.Linear, stats: LayerStats | None, fmt: QuantFormat) -> QuantLinear:
         whole, scale = self.round_weight(layer.weight.detach(), fmt)
-        return QuantLinear.of(whole, scale, LinearSpec(fmt), layer.bias)
+        return QuantLinear.of(whole, scale, self.spec(layer.in_features, fmt), layer.bias)
 
     def round_weight(self, weight: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
         """Float weights [N, K] to whole ones, int8 [N, K], and their scale, bfloat16 [N]: rounded before they are."""

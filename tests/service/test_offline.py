@@ -123,3 +123,15 @@ def test_an_unknown_field_and_a_changed_file_are_refused_by_name(made, tmp_path)
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps(manifest | {"colour": "red"}))
     assert "colour" in CliRunner().invoke(app, ["inspect", str(copy)]).output
+
+
+def test_a_checkpoint_goes_through_layer_by_layer(made, tmp_path):
+    checkpoint = made[0].parent / "tiny"
+    words = ["quantize", str(checkpoint), "--stream", "--bits", "w4a8", "--out", str(tmp_path / "streamed")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "W4A8" in CliRunner().invoke(app, ["inspect", str(tmp_path / "streamed")]).output
+    refused = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "other"), "--method", "smoothquant"])
+    assert refused.exit_code == 2
+    assert "needs calibration" in refused.output
+    assert "vggt" in CliRunner().invoke(app, ["quantize", "demo-scene", "--stream", "--out", str(tmp_path)]).output

@@ -1,0 +1,287 @@
+"""A checkpoint goes in and an artifact comes out, layer by layer: for what no memory holds, by methods without data.
+
+One layer is in memory at a time, read and written at its place in its file. The files grow in `.NAME.partial`, and
+beside it `.NAME.partial.jsonl` notes what is done: the same command goes on there after a crash, and ends with the same
+bytes. Nothing is run, so nothing is measured but the rounding of the weights.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Protocol, runtime_checkable
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from models.base import Kind, VideoLimits
+from quant_runtime import __version__, artifact
+from quant_runtime.artifact import AttentionRecord, Base, LayerRecord, Manifest
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.convert import prepare, report
+from quant_runtime.formats import QuantFormat
+from quant_runtime.linear import LinearSpec
+from quant_runtime.methods import DataFree, Method
+from quant_runtime.tensor_files import Blank, TensorFiles, TensorWriter
+
+SYNC_BYTES = (
+    256 << 20
+)  # written between two notes: a crash costs no more than that, and the disk is not asked too often
+
+OnBytes = Callable[[int, int], None]  # (bytes of the checkpoint read, of how many)
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """What a family tells of its checkpoints without loading one."""
+
+    name: str
+    kind: Kind
+    component: str  # the folder inside a checkpoint that holds the network
+    weights: str  # the name of its safetensors files, without what tells shards apart
+    stored: torch.dtype  # of floats in an artifact
+
+    def skeleton(self, folder: Path) -> nn.Module:
+        """The checkpoint's network on the meta device, by its config."""
+        ...
+
+    def linears(self, network: nn.Module) -> list[str]:
+        """Names of the linear layers to compress."""
+        ...
+
+    def write_around(self, network: nn.Module, source: Path, target: Path) -> None:
+        """Every file of an artifact but its weights and its manifest. `network` has its empty QuantLinears."""
+        ...
+
+    def limits(self, folder: Path) -> VideoLimits:
+        """What requests the checkpoint takes."""
+        ...
+
+
+class _Note(BaseModel):
+    """What of one checkpoint's layer or tensor is done and on the disk."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    unit: str
+    layer: LayerRecord | None = None
+
+
+def compress(
+    family: Streamed,
+    source: Path,
+    method: Method,
+    format_: QuantFormat,
+    attention: AttentionPlan,
+    out: Path,
+    *,
+    base: str,
+    device: str,
+    on_bytes: OnBytes,
+    replace: bool = False,
+    sync_bytes: int = SYNC_BYTES,
+) -> Manifest:
+    """Writes the artifact `out` and returns its manifest. Refuses what artifact.check_free does.
+
+    ValueError names the file, the tensor or the field that will not do: a shard that is missing or cut off, a tensor
+    that the network does not have or has in another shape, a value that is not finite; what was begun is removed then.
+    After anything else (a full disk, a kill) the same command goes on where this one ended.
+    """
+    if not isinstance(method, DataFree):
+        kind = artifact.method_record(method).name
+        raise ValueError(f"method {kind} needs calibration, and layer by layer nothing is run: take rtn or quarot")
+    artifact.check_free(out, replace)
+    network = family.skeleton(source)
+    names = family.linears(network) if format_.quantized else []
+    with TensorFiles.open(source / family.component, family.weights) as files:
+        _check_keys(files, network, source)
+        widths = {name: files.tensors[f"{name}.weight"].shape[1] for name in names}
+        specs = {name: method.spec(width, format_) for name, width in widths.items()}
+        prepare(network, specs)
+        work = _Work(family, files, specs, method, format_, device, on_bytes, sync_bytes)
+        partial = out.parent / f".{out.name}.partial"
+        with _journal(partial.with_name(f"{partial.name}.jsonl"), work.fingerprint(base)) as journal:
+            try:
+                records = work.run(network, partial / family.component, journal)
+                _clear_around(partial, family.component)
+                family.write_around(network, source, partial)
+            except ValueError:
+                shutil.rmtree(partial)
+                raise
+            manifest = Manifest(
+                family=family.name,
+                base=Base(name=base),
+                method=artifact.method_record(method),
+                layers=records,
+                attention=AttentionRecord.of(attention),
+                serving={"kind": family.kind, "limits": json.loads(json.dumps(asdict(family.limits(source))))},
+            )
+            return artifact.finish(partial, out, manifest)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One checkpoint on its way."""
+
+    family: Streamed
+    files: TensorFiles
+    specs: Mapping[str, LinearSpec]
+    method: DataFree
+    format: QuantFormat
+    device: str
+    on_bytes: OnBytes
+    sync_bytes: int
+
+    def fingerprint(self, base: str) -> str:
+        """Of all that decides the bytes: another command, or another checkpoint, does not go on with this one's."""
+        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files.files()]
+        facts = (__version__, self.family.name, base, repr(self.method), str(self.format), artifact.SHARD_BYTES, seen)
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def run(self, network: nn.Module, folder: Path, journal: _Journal) -> dict[str, LayerRecord]:
+        """The weights into `folder`; `network` has its empty QuantLinears. What became of the layers, in order."""
+        blanks = {key: Blank(self._kept(its), tuple(its.shape)) for key, its in network.state_dict().items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        total, read, unsynced = sum(stored.bytes for stored in self.files.tensors.values()), 0, 0
+        with TensorWriter(folder, self.family.weights, blanks, artifact.SHARD_BYTES) as writer:
+            if not writer.resumed:
+                journal.forget()
+            for unit, keys in self._units().items():
+                if unit not in journal.notes:
+                    state, record = self._made(unit, {key: self._read(key) for key in keys})
+                    for key, tensor in state.items():
+                        writer.write(key, self._stored(key, tensor))
+                    journal.add(_Note(unit=unit, layer=record))
+                    unsynced += sum(blanks[key].bytes for key in state)
+                    if unsynced >= self.sync_bytes:
+                        writer.sync()
+                        journal.sync()
+                        unsynced = 0
+                read += sum(self.files.tensors[key].bytes for key in keys)
+                self.on_bytes(read, total)
+            writer.sync()
+            journal.sync()
+        layers = {unit: note.layer for unit, note in journal.notes.items()}
+        return {name: record for name in self.specs if (record := layers[name]) is not None}
+
+    def _units(self) -> dict[str, list[str]]:
+        """Tensors that are read together: those of one layer; every other tensor alone."""
+        units: dict[str, list[str]] = {}
+        for key in self.files.tensors:
+            layer = key.rpartition(".")[0]
+            units.setdefault(layer if layer in self.specs else key, []).append(key)
+        return units
+
+    def _read(self, key: str) -> Tensor:
+        tensor = self.files.read(key)
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{self.files.tensors[key].file}: {key} has a value that is not finite")
+        return tensor
+
+    def _made(self, unit: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], LayerRecord | None]:
+        if unit not in self.specs:
+            return tensors, None
+        weight, bias = tensors[f"{unit}.weight"].to(self.device), tensors.get(f"{unit}.bias")
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.to(self.device), requires_grad=False)
+        quantized = self.method.quantize(layer, None, self.format)
+        record = artifact.layer_records({unit: report(layer, quantized, None)})[unit]
+        return {f"{unit}.{name}": tensor for name, tensor in quantized.state_dict().items()}, record
+
+    def _kept(self, tensor: Tensor) -> torch.dtype:
+        return self.family.stored if tensor.is_floating_point() else tensor.dtype
+
+    def _stored(self, key: str, tensor: Tensor) -> Tensor:
+        kept = tensor.to(self._kept(tensor))
+        if kept.is_floating_point() and not bool(kept.isfinite().all()):
+            raise ValueError(f"{key} has a value too large for {kept.dtype}")
+        return kept
+
+
+def _clear_around(partial: Path, component: str) -> None:
+    """What a run that was killed at the very end had put beside the weights."""
+    for path in partial.iterdir():
+        if path.name != component:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _check_keys(files: TensorFiles, network: nn.Module, source: Path) -> None:
+    own = network.state_dict()
+    missing, extra = sorted(own.keys() - files.tensors.keys()), sorted(files.tensors.keys() - own.keys())
+    if missing or extra:
+        raise ValueError(f"{source}: tensors missing: {missing[:5] or 'none'}; of no layer: {extra[:5] or 'none'}")
+    for key, stored in files.tensors.items():
+        if stored.shape != tuple(own[key].shape) or not (stored.dtype.is_floating_point and stored.dtype.itemsize >= 2):
+            want = f"a float of 16 or 32 bits, {list(own[key].shape)}"
+            raise ValueError(f"{stored.file}: {key} is {stored.dtype} {list(stored.shape)}; the network has {want}")
+
+
+class _Journal:
+    """Notes of what is done. A note counts once it is synced, and that comes after the files that it speaks of."""
+
+    def __init__(self, file: IO[bytes], fingerprint: str) -> None:
+        self._file, self._fingerprint = file, fingerprint
+        self.notes: dict[str, _Note] = {}
+        self._new: list[_Note] = []
+        file.seek(0)
+        first, *lines = file.read().split(b"\n")
+        end = len(first) + 1
+        if first.decode(errors="replace") != fingerprint or not lines:
+            self.forget()
+            return
+        for line in lines[:-1]:  # behind the last end of a line is nothing, or what a crash cut off
+            try:
+                note = _Note.model_validate_json(line)
+            except ValidationError:
+                break
+            self.notes[note.unit] = note
+            end += len(line) + 1
+        file.truncate(end)
+        file.seek(end)
+
+    def forget(self) -> None:
+        self.notes.clear()
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(self._fingerprint.encode() + b"\n")
+        self._file.flush()
+
+    def add(self, note: _Note) -> None:
+        self.notes[note.unit] = note
+        self._new.append(note)
+
+    def sync(self) -> None:
+        self._file.write(b"".join(note.model_dump_json().encode() + b"\n" for note in self._new))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._new.clear()
+
+
+@contextmanager
+def _journal(path: Path, fingerprint: str) -> Iterator[_Journal]:
+    """Opened, and removed when all is done or nothing is worth keeping. Refused while another process has it open."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as appended, path.open("r+b") as file:
+        try:
+            fcntl.flock(appended, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BlockingIOError(f"{path} is being written by another process") from None
+        try:
+            yield _Journal(file, fingerprint)
+        except OSError as error:
+            kept = f"{error.strerror}; what is done lies in {path.with_suffix('')}: the same command goes on there"
+            raise OSError(error.errno, kept, error.filename) from error
+        except ValueError:
+            path.unlink()
+            raise
+        path.unlink()

@@ -1,0 +1,287 @@
+import errno
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import compress, load, stream
+from models.base import VideoInputs
+from models.compress import Recipe
+from models.wan import Wan
+from quant_runtime import artifact
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.formats import W4A8, W8A8, W16A16
+from quant_runtime.methods import Keep, QuaRot, Rtn, SmoothQuant
+
+KILLS = 20
+INPUTS = VideoInputs(prompt="a red ball", width=96, height=64, frames=9, fps=8, steps=2, guidance=2.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "checkpoint"
+    Wan().tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(whole, tmp_path):
+    """A copy whose weights lie in several shards, as those of a large model do."""
+    folder = tmp_path / "checkpoint"
+    artifact.link_or_copy(whole, folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
+    shards = [dict(list(tensors.items())[i::3]) for i in range(3)]
+    where = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"diffusion_pytorch_model-{number:05}-of-00003.safetensors"
+        save_file(shard, folder / "transformer" / file)
+        where |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def streamed(source, out, method=None, format_=W4A8, on_bytes=lambda done, of: None, **options):
+    return stream.compress(
+        Wan(),
+        source,
+        method or Rtn(),
+        format_,
+        AttentionPlan(),
+        out,
+        base="tiny",
+        device="cpu",
+        on_bytes=on_bytes,
+        **options,
+    )
+
+
+def shard_of(checkpoint, key):
+    index = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    return checkpoint / "transformer" / json.loads(index.read_text())["weight_map"][key]
+
+
+def change(checkpoint, key, how):
+    file = shard_of(checkpoint, key)
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    how(tensors)
+    file.unlink()  # and not written over: it may be a link to another test's
+    save_file(tensors, file)
+
+
+def left(out):
+    return [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")]
+
+
+@pytest.mark.parametrize(("method", "format_"), [(Rtn(), W4A8), (QuaRot(), W8A8), (Keep(), W16A16)])
+def test_layer_by_layer_comes_out_what_comes_out_of_the_whole(checkpoint, whole, tmp_path, method, format_):
+    recipe = Recipe(method=method, format=format_, judging_samples=0)
+    compress.compress(Wan(), whole, recipe, tmp_path / "a", base="tiny", device="cpu", on_progress=lambda *_: None)
+    made = streamed(checkpoint, tmp_path / "b", method if format_.quantized else Rtn(), format_)
+    artifact.verify(tmp_path / "b", made)
+    one, other = (load_file(tmp_path / x / "transformer" / "diffusion_pytorch_model.safetensors") for x in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    films = [load.load(tmp_path / x, "cpu").film(INPUTS, lambda done, of: None).frames for x in "ab"]
+    assert (films[0] == films[1]).all()
+    assert not left(tmp_path / "b")
+
+
+def test_the_layers_of_the_manifest_add_up_to_the_file(checkpoint, tmp_path):
+    made = streamed(checkpoint, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    of_layers = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] in made.layers}
+    assert made.layer_bytes()[0] == sum(t.numel() * t.element_size() for t in of_layers.values())
+    assert made.layers["blocks.0.ffn.net.2"].weight_sqnr > 10
+
+
+ATTEMPT = """
+    import os, sys, time
+    from pathlib import Path
+    import torch
+    torch.set_num_threads(1)  # a process that is going to be forked starts no threads
+    from models import stream
+    from models.wan import Wan
+    from quant_runtime.attention import AttentionPlan
+    from quant_runtime.formats import W4A8
+    from quant_runtime.methods import Rtn
+
+    def say(*words):
+        os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # at once: a kill cuts no line in two
+
+    def attempt():
+        stream.compress(
+            Wan(), Path(sys.argv[1]), Rtn(), W4A8, AttentionPlan(), Path(sys.argv[2]), base="tiny", device="cpu",
+            on_bytes=lambda done, of: say(done), sync_bytes=1,
+        )
+
+    for line in sys.stdin:  # one attempt a line
+        child = os.fork()
+        if child == 0:
+            try:
+                attempt()
+            except BaseException as error:
+                say("failed", repr(error))
+                os._exit(1)
+            os._exit(0)
+        say("pid", child)
+        say("ended", os.waitpid(child, 0)[1])
+"""
+
+
+def test_killed_at_any_moment_the_same_command_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_path):
+    want = streamed(checkpoint, tmp_path / "want")
+    read = sum(path.stat().st_size for path in (checkpoint / "transformer").glob("*.safetensors"))
+    command = [sys.executable, "-c", textwrap.dedent(ATTEMPT), str(checkpoint), str(tmp_path / "out")]
+    drawn, killed = random.Random(0), 0
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        for number in range(KILLS + 1):
+            print("go", file=process.stdin, flush=True)
+            pid = int(process.stdout.readline().split()[1])
+            until = drawn.uniform(0, 1.05) * read if number < KILLS else math.inf  # some at the end, when it renames
+            for line in iter(process.stdout.readline, ""):
+                if line.startswith("ended"):
+                    killed += line == "ended 9\n"
+                    break
+                assert not line.startswith("failed"), line
+                if int(line) >= until:
+                    os.kill(pid, signal.SIGKILL)
+                    until = math.inf
+            if (tmp_path / "out").exists():
+                break
+        process.stdin.close()
+    assert killed >= KILLS / 2
+    assert artifact.read_manifest(tmp_path / "out").model_dump() == want.model_dump()
+    assert artifact.verify(tmp_path / "out")
+    assert not left(tmp_path / "out")
+
+
+def test_what_is_done_is_not_done_again(checkpoint, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(done, of):
+        if done > of / 2:
+            raise Killed
+
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        streamed(checkpoint, out, on_bytes=die, sync_bytes=1)
+    assert left(out)
+    assert not out.exists()
+    rounded = []
+    quantize = Rtn.quantize
+    monkeypatch.setattr(Rtn, "quantize", lambda *args: rounded.append(1) or quantize(*args))
+    made = streamed(checkpoint, out)
+    assert 0 < len(rounded) < len(made.layers)
+
+
+def test_another_command_does_not_go_on_with_it(checkpoint, tmp_path):
+    out = tmp_path / "out"
+
+    def full(done, of):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device; what is done lies in .*\.out\.partial"):
+        streamed(checkpoint, out, on_bytes=full, sync_bytes=1)
+    made = streamed(checkpoint, out, format_=W8A8)
+    assert {layer.format for layer in made.layers.values()} == {"W8A8"}
+    assert artifact.verify(out)
+
+
+def test_a_full_disk_is_known_before_the_first_layer(checkpoint, tmp_path, monkeypatch):
+    def full(handle, offset, length):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    seen = []
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        streamed(checkpoint, tmp_path / "out", on_bytes=lambda done, of: seen.append(done))
+    assert not seen
+
+
+BIAS = "blocks.0.ffn.net.2.bias"
+
+
+def nan(tensors):
+    tensors[BIAS][3] = torch.nan
+
+
+def renamed(tensors):
+    tensors["renamed"] = tensors.pop(BIAS)
+
+
+def whole_numbers(tensors):
+    tensors[BIAS] = tensors[BIAS].to(torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (nan, f"{BIAS} has a value that is not finite"),
+        (renamed, "do not agree about blocks.0.ffn.net.2.bias, renamed"),
+        (whole_numbers, f"{BIAS} is torch.int32"),
+        (lambda tensors: tensors.update({BIAS: tensors[BIAS][1:].clone()}), f"{BIAS} is torch.bfloat16"),
+    ],
+)
+def test_a_checkpoint_that_will_not_do_is_refused_by_name_and_leaves_nothing(checkpoint, tmp_path, how, words):
+    change(checkpoint, BIAS, how)
+    with pytest.raises(ValueError, match=words):
+        streamed(checkpoint, tmp_path / "out")
+    assert not left(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_key_of_no_layer_is_named(whole, tmp_path):
+    folder = tmp_path / "one file"
+    artifact.link_or_copy(whole, folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["blocks.0.ffn.net.2.bios"] = tensors.pop(BIAS)
+    weights.unlink()
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=rf"missing: \['{BIAS}'\]; of no layer: \['blocks.0.ffn.net.2.bios'\]"):
+        streamed(folder, tmp_path / "out")
+
+
+def test_a_shard_that_is_missing_or_cut_off_is_named(checkpoint, tmp_path):
+    file = shard_of(checkpoint, BIAS)
+    data = file.read_bytes()
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{file.name}, which is not there"):
+        streamed(checkpoint, tmp_path / "out")
+    file.write_bytes(data[:-100])
+    with pytest.raises(ValueError, match=rf"{file.name} has .* it is not whole"):
+        streamed(checkpoint, tmp_path / "out")
+
+
+def test_a_config_of_another_network_is_named(checkpoint, tmp_path):
+    (checkpoint / "transformer" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config.json describes no WanTransformer3DModel"):
+        streamed(checkpoint, tmp_path / "out")
+
+
+def test_a_method_that_needs_data_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="smoothquant needs calibration"):
+        streamed(checkpoint, tmp_path / "out", method=SmoothQuant())
+
+
+def test_two_do_not_write_the_same_artifact(checkpoint, tmp_path):
+    out = tmp_path / "out"
+
+    def again(done, of):
+        with pytest.raises(BlockingIOError, match="another process"):
+            streamed(checkpoint, out)
+
+    streamed(checkpoint, out, on_bytes=again)
+    assert artifact.verify(out)

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quant_runtime.tensor_files import Blank, TensorFiles, TensorWriter
+
+TENSORS = {
+    "a": torch.arange(12, dtype=torch.float32).view(3, 4),
+    "b": torch.arange(5, dtype=torch.uint8),
+    "c": torch.tensor(2.5, dtype=torch.bfloat16),
+    "d": torch.zeros(0, 7, dtype=torch.float16),
+    "e": torch.arange(-3, 4, dtype=torch.int8),
+}
+BLANKS = {key: Blank(tensor.dtype, tuple(tensor.shape)) for key, tensor in TENSORS.items()}
+
+
+def write(folder, shard_bytes=1 << 20, order=TENSORS):
+    with TensorWriter(folder, "model", BLANKS, shard_bytes) as writer:
+        for key in order:
+            writer.write(key, TENSORS[key])
+        writer.sync()
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one
+    )
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 20, 30, 1])
+def test_what_is_written_is_what_safetensors_and_we_read(tmp_path, shard_bytes):
+    write(tmp_path, shard_bytes, order=reversed(TENSORS))
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_bytes < 1 << 20)
+    theirs = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    assert same(theirs, TENSORS)
+    with TensorFiles.open(tmp_path, "model") as held:
+        assert same({key: held.read(key) for key in held.tensors}, TENSORS)
+
+
+def test_what_safetensors_writes_is_read(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with TensorFiles.open(tmp_path, "model") as held:
+        assert same({key: held.read(key) for key in TENSORS}, TENSORS)
+
+
+def test_a_file_that_was_begun_is_gone_on_with(tmp_path):
+    with TensorWriter(tmp_path, "model", BLANKS, 30) as writer:
+        writer.write("a", TENSORS["a"])
+    with TensorWriter(tmp_path, "model", BLANKS, 30) as writer:
+        for key in list(TENSORS)[1:]:
+            writer.write(key, TENSORS[key])
+    with TensorFiles.open(tmp_path, "model") as held:
+        assert same({key: held.read(key) for key in held.tensors}, TENSORS)
+
+
+def test_a_tensor_that_is_not_as_planned_is_refused_by_name(tmp_path):
+    with TensorWriter(tmp_path, "model", BLANKS, 30) as writer, pytest.raises(ValueError, match="a was planned as"):
+        writer.write("a", TENSORS["a"].half())
+
+
+@pytest.mark.parametrize("cut", [3, 40, 1])
+def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path, cut):
+    write(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: cut if cut > 1 else -1])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        TensorFiles.open(tmp_path, "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": "F128"}, r"a\.dtype"),
+        ({"shape": [-1]}, r"a\.shape"),
+        ({"data_offsets": [0, 4]}, "a lies at"),
+        ({"more": 1}, r"a\.more"),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused_by_field(tmp_path, change, words):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | change
+    text = json.dumps({"a": entry}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ValueError, match=words):
+        TensorFiles.open(tmp_path, "model")
+
+
+def test_a_missing_shard_and_a_wrong_index_are_named(tmp_path):
+    write(tmp_path, shard_bytes=1)
+    index = tmp_path / "model.safetensors.index.json"
+    given = json.loads(index.read_text())
+    first = given["weight_map"]["a"]
+    index.write_text(json.dumps(given | {"weight_map": {**given["weight_map"], "x": first}}))
+    with pytest.raises(ValueError, match="do not agree about x"):
+        TensorFiles.open(tmp_path, "model")
+    index.write_text(json.dumps(given | {"weight_map": {"a": "../elsewhere"}}))
+    with pytest.raises(ValueError, match="no file of this folder"):
+        TensorFiles.open(tmp_path, "model")
+    index.write_text(json.dumps(given))
+    (tmp_path / first).unlink()
+    with pytest.raises(ValueError, match=f"{first}, which is not there"):
+        TensorFiles.open(tmp_path, "model")
+
+
+def test_a_folder_without_weights_says_what_would_do(tmp_path):
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        TensorFiles.open(tmp_path, "model")
