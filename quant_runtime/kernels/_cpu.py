@@ -2,8 +2,9 @@
 
 oneDNN's int8 matmul is exact where the CPU adds products in 32 bits (AVX512-VNNI, AVX-VNNI, AMX). On older CPUs it adds
 pairs in 16 bits, saturates, and returns wrong sums without an error; or torch does not call it at all, and its own loop
-takes many times as long as float32. So it is tried once, against int64 and against float32; where it is wrong or slow,
-float32 products over at most 1024 inputs take its place: 1024 · 128² = 2²⁴, up to which float32 counts exactly.
+takes many times as long as float32. So it is tried once against int64, and the CPU is asked what it has; where int8 is
+wrong or slow, float32 products over at most 1024 inputs take its place: 1024 · 128² = 2²⁴, up to which float32 counts
+exactly.
 
 glibc gives large temporaries back to the kernel, and to fault them in again costs more than the matmul that they serve.
 """
@@ -14,7 +15,6 @@ import ctypes
 import functools
 import logging
 import threading
-import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -59,7 +59,7 @@ def operand_dtype() -> torch.dtype:
 
 @functools.cache
 def cpu_int8_path() -> Int8Path:
-    """Which exact int8 product this CPU runs. Tried once, and said once where it is float32's."""
+    """Which exact int8 product this CPU runs. Found out once, and said once where it is float32's."""
     why = _why_not_onednn()
     if why:
         log.warning("%s: int8 products run in float32, exact and slower than int8 can be", why)
@@ -67,41 +67,31 @@ def cpu_int8_path() -> Int8Path:
 
 
 def _why_not_onednn() -> str:
-    """Empty where torch's int8 matmul is exact, and fast. Either way sums are the same, so a clock may choose."""
+    """Empty where torch's int8 matmul is exact, and fast. Asked of the CPU: a clock would make two runs differ."""
     if not torch.backends.mkldnn.is_available():
         return "this torch has no oneDNN"
     if not _int_mm_is_exact():
         return "oneDNN's int8 matmul is not exact on this CPU"
-    a, b = _drawn(256, 512, seed=0), _drawn(256, 512, seed=1)
-    if _best_seconds(lambda: torch._int_mm(a, b.t())) > _best_seconds(lambda: a.float() @ b.float().t()):
-        return "torch has no fast int8 matmul for this CPU"
+    if not _cpu_has("_is_vnni_supported", "_is_amx_tile_supported"):
+        return "this CPU has neither VNNI nor AMX, and torch no fast int8 matmul for it"
     return ""
 
 
 def _int_mm_is_exact() -> bool:
-    a, b = _drawn(64, 256, seed=0), _drawn(64, 256, seed=1)
+    drawn = torch.Generator().manual_seed(0)
+    a = torch.randint(-127, 128, (64, 256), dtype=torch.int8, generator=drawn)
+    b = torch.randint(-127, 128, (64, 256), dtype=torch.int8, generator=drawn)
     return torch.equal(torch._int_mm(a, b.t()).long(), a.long() @ b.long().t())
 
 
-def _drawn(rows: int, inputs: int, seed: int) -> Tensor:
-    return torch.randint(-127, 128, (rows, inputs), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
-
-
-def _best_seconds(run: Callable[[], object], tries: int = 5) -> float:
-    run()  # what it sets up once
-    seconds = []
-    for _ in range(tries):
-        begun = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
+def _cpu_has(*asked: str) -> bool:
+    return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
 
 
 @functools.cache
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 itself: there, and only there, it is faster than float32."""
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in asked)
+    return _cpu_has("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 
 
 def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import metrics
 from service.api.problems import ProblemError
 
+_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii"})
 _METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH"})
 
 
@@ -58,9 +59,11 @@ class Door:
 
 def _wrong_kind(headers: Headers, body: Body) -> ProblemError | None:
     given = headers.get("content-type", "")
-    if given.split(";")[0].strip().lower() == body.media_type:
+    kind, *parameters = (part.strip().lower() for part in given.split(";"))
+    charsets = [part.partition("=")[2].strip('" ') for part in parameters if part.startswith("charset")]
+    if kind == body.media_type and set(charsets) <= _CHARSETS:
         return None
-    detail = f"the body must be {body.media_type}, got {ascii(given)[1:-1] or 'none'}"
+    detail = f"the body must be {body.media_type}, in UTF-8, got {ascii(given)[1:-1] or 'none'}"
     return ProblemError("unsupported-media-type", detail, field="content-type")
 
 
@@ -71,7 +74,7 @@ def _too_long(headers: Headers, limit: int) -> ProblemError | None:
 
 def _too_large(given: str, limit: int) -> ProblemError:
     # The connection stays open: the rest is read and dropped, so that a caller who is still sending sees this answer.
-    return ProblemError("body-too-large", f"the body has {given} bytes; at most {limit} are taken")
+    return ProblemError("body-too-large", f"the body has {given} bytes; at most {limit} are taken", field="body")
 
 
 class Counted:

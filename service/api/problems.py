@@ -148,7 +148,8 @@ def problem_of(error: Exception, request: Request) -> ProblemError:
             _log.warning("storage_unavailable", path=request.url.path, error=str(error))
             return ProblemError("storage-unavailable", "the results store does not answer; try again", headers=wait)
         case HTTPException(status_code=status) if status in _OF_STATUS:
-            return ProblemError(_OF_STATUS[status], _http_detail(error, request), headers=error.headers)
+            detail = _http_detail(error, request)
+            return ProblemError(_OF_STATUS[status], detail, field=_http_field(error), headers=error.headers)
         case _:
             _log.error("internal_error", path=request.url.path, exc_info=error)
             return ProblemError("internal", "this is a fault of the service; its log has the reason")
@@ -158,7 +159,8 @@ def _of_validation(error: RequestValidationError) -> ProblemError:
     found = error.errors()
     broken = [one for one in found if one["type"] == "json_invalid"]
     if broken:
-        return ProblemError("malformed-body", f"not JSON: {broken[0]['ctx']['error']} at byte {broken[0]['loc'][-1]}")
+        detail = f"not JSON: {broken[0]['ctx']['error']} at byte {broken[0]['loc'][-1]}"
+        return ProblemError("malformed-body", detail, field="body")
     return invalid(field_errors(found, VideoRequest))
 
 
@@ -171,6 +173,12 @@ def _http_detail(error: HTTPException, request: Request) -> str:
             return f"{request.url.path} takes {allowed}, not {request.method}"
         case _:
             return str(error.detail)
+
+
+def _http_field(error: HTTPException) -> str | None:
+    if error.status_code not in (400, 413):
+        return None
+    return "images" if "Too many files" in str(error.detail) else "body"  # starlette counts files as it reads a form
 
 
 # How the answers show in OpenAPI

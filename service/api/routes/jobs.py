@@ -17,6 +17,8 @@ from service.jobs import Job
 from service.queue.client import UnavailableError
 from service.queue.follow import RETRY_SECONDS
 
+LAST_EVENT = 2**53 - 1  # no event is numbered higher: the number also goes through Lua and JavaScript
+
 router = APIRouter(tags=["jobs"])
 
 
@@ -69,7 +71,9 @@ async def cancel_job(job: TheJob, response: Response, service: TheService) -> Jo
 async def _after(
     job: TheJob,
     service: TheService,
-    last_event_id: Annotated[int, Header(ge=0, description="only events with a higher number are sent")] = 0,
+    last_event_id: Annotated[
+        int, Header(ge=0, le=LAST_EVENT, description="only events with a higher number are sent")
+    ] = 0,
 ) -> int:
     if last_event_id and job.status.ended and not await service.queue.events(job.id, last_event_id):
         raise AllSentError

@@ -3,7 +3,6 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -38,23 +37,15 @@ def test_int8_is_exact_on_a_cpu_where_onednn_saturates():
 
 
 @pytest.mark.parametrize(
-    ("int_mm", "why"),
-    [
-        (lambda a, b: (a.long() @ b.long()).int() + 1, "not exact"),
-        (lambda a, b: (time.sleep(0.02), (a.long() @ b.long()).int())[1], "no fast"),
-    ],
+    ("error", "vnni", "path", "why"),
+    [(0, True, "onednn", ""), (1, True, "float32", "not exact"), (0, False, "float32", "no fast")],
 )
-def test_a_wrong_or_a_slow_int8_matmul_is_not_used_and_the_log_says_why(int_mm, why, monkeypatch, caplog):
-    monkeypatch.setattr(_cpu.torch, "_int_mm", int_mm)
-    assert _cpu.cpu_int8_path.__wrapped__() == "float32"
+def test_a_wrong_or_a_slow_int8_matmul_is_not_used_and_the_log_says_why(error, vnni, path, why, monkeypatch, caplog):
+    monkeypatch.setattr(_cpu.torch, "_int_mm", lambda a, b: (a.long() @ b.long()).int() + error)
+    monkeypatch.setattr(_cpu, "_cpu_has", lambda *asked: vnni)
+    assert _cpu.cpu_int8_path.__wrapped__() == path
     assert why in caplog.text
-
-
-def test_a_right_and_fast_int8_matmul_is_used(monkeypatch, caplog):
-    monkeypatch.setattr(_cpu, "_best_seconds", lambda run: run().is_floating_point())  # float32 takes 1 s, int8 none
-    monkeypatch.setattr(_cpu.torch, "_int_mm", lambda a, b: (a.long() @ b.long()).int())
-    assert _cpu.cpu_int8_path.__wrapped__() == "onednn"
-    assert not caplog.records
+    assert bool(caplog.records) == (path == "float32")
 
 
 def test_scratch_is_used_again_by_its_thread_and_by_no_other():

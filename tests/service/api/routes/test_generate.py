@@ -121,12 +121,15 @@ async def test_all_bad_fields_are_told_at_once(client):
         (b'{"prompt": "x"}', {}, 415, "unsupported-media-type"),
         (b'{"prompt": "x"}', {"content-type": "text/plain"}, 415, "unsupported-media-type"),
         (b"prompt=x", {"content-type": "application/x-www-form-urlencoded"}, 415, "unsupported-media-type"),
+        (b'{"prompt": "x"}', {"content-type": "application/json; charset=utf-16"}, 415, "unsupported-media-type"),
         (b'{"prompt": "' + b"x" * 200_000 + b'"}', JSON, 413, "body-too-large"),
     ],
 )
 async def test_a_body_that_is_none_is_refused(client, body, headers, status, slug):
     response = await client.post("/generate/video", content=body, headers=headers)
-    assert (response.status_code, response.json()["type"]) == (status, f"urn:lowbit:problem:{slug}")
+    problem = response.json()
+    assert (response.status_code, problem["type"]) == (status, f"urn:lowbit:problem:{slug}")
+    assert problem["field"] == {415: "content-type", 422: problem["field"]}.get(status, "body")
     assert response.headers["content-type"] == "application/problem+json"
 
 
@@ -138,6 +141,13 @@ async def test_a_chunked_body_over_the_limit_is_refused(client):
 
     response = await client.post("/generate/video", content=chunks(), headers=JSON)
     assert (response.status_code, response.json()["type"]) == (413, "urn:lowbit:problem:body-too-large")
+    assert response.json()["field"] == "body"
+
+
+@pytest.mark.parametrize("charset", ["utf-8", '"UTF-8"', "utf8"])
+async def test_a_body_may_say_that_it_is_utf_8(client, charset):
+    headers = {"content-type": f"application/json; charset={charset}"}
+    assert (await client.post("/generate/video", content=b'{"prompt": "x"}', headers=headers)).status_code == 202
 
 
 async def test_an_idempotency_key_makes_a_repeated_request_the_same_job(client, queue):

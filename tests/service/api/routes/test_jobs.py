@@ -141,7 +141,7 @@ async def test_a_follower_that_has_seen_all_is_told_not_to_come_again(client, qu
     assert (response.status_code, response.content) == (204, b"")
 
 
-@pytest.mark.parametrize("after", ["x", "-1"])
+@pytest.mark.parametrize("after", ["x", "-1", str(2**53), str(2**64)])
 async def test_a_last_event_id_that_is_none_is_refused(client, queue, after):
     response = await client.get(f"/jobs/{await submit(queue)}/events", headers={"Last-Event-ID": after})
     assert (response.status_code, response.json()["field"]) == (422, "last-event-id")

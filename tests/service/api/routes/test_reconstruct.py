@@ -163,11 +163,34 @@ async def test_a_bad_form_is_refused_by_field(client, settings, form, field, hin
         (b"a=b", "application/x-www-form-urlencoded", 415, "unsupported-media-type"),
         (b"no parts", "multipart/form-data", 400, "malformed-body"),
         (b"no parts", "multipart/form-data; boundary=x", 400, "malformed-body"),
+        (b"--x--", "multipart/form-data; boundary=x; charset=undefined", 415, "unsupported-media-type"),
+        (b"--x--", "multipart/form-data; boundary=x; charset=punycode", 415, "unsupported-media-type"),
     ],
 )
 async def test_a_body_that_is_no_form_is_refused(client, body, kind, status, slug):
     response = await client.post("/reconstruct/3d", content=body, headers={"content-type": kind})
-    assert (response.status_code, response.json()["type"]) == (status, f"urn:lowbit:problem:{slug}")
+    problem = response.json()
+    assert (response.status_code, problem["type"]) == (status, f"urn:lowbit:problem:{slug}")
+    assert problem["field"] == ("body" if status == 400 else "content-type")
+
+
+@pytest.mark.parametrize(
+    ("form", "field"),
+    [
+        ({"files": images(*[b"x"] * 513)}, "images"),
+        ({"files": [*images(PNG), *[("max_views", (None, "4"))] * 65]}, "body"),
+        ({"files": [*images(PNG), ("artifact", (None, "x" * 5000))]}, "body"),
+    ],
+)
+async def test_a_form_of_too_many_parts_or_too_long_ones_is_refused(client, settings, form, field):
+    response = await client.post("/reconstruct/3d", **form)
+    problem = response.json()
+    assert (response.status_code, problem["type"], problem["field"]) == (
+        400,
+        "urn:lowbit:problem:malformed-body",
+        field,
+    )
+    assert nothing_stored(settings)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
