@@ -161,11 +161,15 @@ class Peak:
     def stop(self) -> int:
         self._done.set()
         self._thread.join()
+        self._look()
         return self._most
 
     def _watch(self) -> None:
         while not self._done.wait(0.5):
-            self._most = max(self._most, sum(map(_held, _family(os.getpid()))))
+            self._look()
+
+    def _look(self) -> None:
+        self._most = max(self._most, sum(map(_held, _family(os.getpid()))))
 
 
 def _family(pid: int) -> list[int]:

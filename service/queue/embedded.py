@@ -152,7 +152,7 @@ class EmbeddedServer:
         self._binary = self._binary or find_binary()
         command = [
             str(self._binary), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700",
-            "--dir", str(self.folder), "--appendonly", "yes", "--appendfsync", "everysec", "--save", "",
+            "--dir", str(self.folder), "--appendonly", "yes", "--appendfsync", "always", "--save", "",
             "--maxmemory-policy", "noeviction", "--daemonize", "no", "--logfile", str(self.log),
         ]  # fmt: skip
         # It inherits the lock, which thus lasts exactly as long as it lives: no second server ever opens the same log.

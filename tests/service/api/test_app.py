@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from service import metrics
 from service.api import problems
 from service.api.app import create_app
 from service.jobs import Progress
@@ -18,7 +19,7 @@ from service.settings import StartError
 from tests.service.api.routes.test_generate import REQUEST
 from tests.service.api.routes.test_jobs import follow
 from tests.service.api.routes.test_reconstruct import PNG, images
-from tests.service.queue.test_client import RESULT, claim, submit
+from tests.service.queue.test_client import RESULT, claim, submit, with_settings
 from tests.service.queue.test_embedded import process_id
 from tests.service.support import new_id, serving, until
 
@@ -116,13 +117,14 @@ async def test_the_api_and_a_stream_of_events_survive_the_server(settings, resul
     with EmbeddedServer(tmp_path) as server:
         async with Queue.open(server.url, settings) as queue, serving(create_app(settings, queue, results)) as client:
             job_id = await submit(queue)
-            lease = await claim(queue)
-            await queue.renew(lease, Progress(step=1, of=2))
+            patient = with_settings(queue, lease_seconds=60)
+            lease = await claim(patient)
+            await patient.renew(lease, Progress(step=1, of=2))
             watching = asyncio.create_task(follow(client, job_id))
-            await asyncio.sleep(0.1)
+            await until(lambda: metrics.event_streams._value.get() == 1)
             os.kill(process_id(server), signal.SIGKILL)
             await until(lambda: _is_ready(client))
-            await queue.renew(lease, Progress(step=2, of=2))
+            await patient.renew(lease, Progress(step=2, of=2))
             await queue.finish(lease, [RESULT])
             async with asyncio.timeout(10):
                 events = await watching

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -14,7 +13,7 @@ import pytest
 from service import metrics
 from service.artifacts import find
 from service.jobs import Job, JobStatus
-from service.queue.client import Queue
+from service.queue.client import Lease, Queue
 from service.queue.embedded import EmbeddedServer
 from service.results import StorageError
 from service.worker import loop
@@ -39,10 +38,12 @@ def make(settings, queue, results, artifacts) -> Start:
 @asynccontextmanager
 async def at_work(worker: Worker) -> AsyncIterator[Worker]:
     task = asyncio.create_task(worker.run())
-    yield worker
-    worker.draining.set()
-    async with asyncio.timeout(10):
-        await task
+    try:
+        yield worker
+    finally:
+        worker.draining.set()
+        async with asyncio.timeout(10):
+            await task
 
 
 async def submit(queue: Queue, prompt: str = "a ball", artifact: str = "film", steps: int = 4) -> str:
@@ -83,12 +84,12 @@ def count(metric, *labels: str) -> float:
 async def test_a_job_ends_with_its_files_and_its_steps(make, queue, results):
     done = count(metrics.jobs_finished, "video", "film", "succeeded")
     async with at_work(make()):
-        job = await reaches(queue, await submit(queue, steps=20))
+        job = await reaches(queue, await submit(queue, steps=60))
     assert (job.status, job.attempt, job.error) == ("succeeded", 1, None)
     assert [(r.name, r.type, r.url) for r in job.results] == [
         ("video.mp4", "video/mp4", f"/jobs/{job.id}/result/video.mp4")
     ]
-    assert await content(results, job, "video.mp4") == toy.film_of("a ball", 7, 20)
+    assert await content(results, job, "video.mp4") == toy.film_of("a ball", 7, 60)
     steps = [event.data["step"] for event in await queue.events(job.id, 0) if event.name == "progress"]
     assert len(steps) >= 3
     assert steps == sorted(set(steps))
@@ -158,15 +159,23 @@ async def test_a_store_that_never_works_ends_the_job_with_that_reason(make, queu
 
 async def test_cancelling_stops_at_the_next_step(make, queue, settings):
     async with at_work(make()):
-        job_id = await submit(queue, steps=40)
+        job_id = await submit(queue, steps=100)
         await moves(queue, job_id)
-        asked = time.monotonic()
         await queue.cancel(job_id)
         job = await reaches(queue, job_id)
-        assert time.monotonic() - asked < 40 * toy.STEP_SECONDS
         assert (await reaches(queue, await submit(queue))).status == "succeeded"
     assert (job.status, job.results) == ("cancelled", ())
-    assert job.progress.step < 40
+    assert job.progress.step < 100
+
+
+async def taken_away(queue: Queue, job_id: str) -> Lease:
+    """Another worker's lease on a job that was running; its own may renew just between the loss and the claim."""
+    patient = with_settings(queue, lease_seconds=30)
+    while True:
+        await lose_lease(queue, type("L", (), {"job": await queue.get(job_id)}))
+        lease = (await patient.claim("another", "", ["film"])).lease
+        if lease is not None:
+            return lease
 
 
 async def test_a_worker_that_lost_its_job_leaves_no_trace_of_it(make, queue, settings):
@@ -174,9 +183,7 @@ async def test_a_worker_that_lost_its_job_leaves_no_trace_of_it(make, queue, set
         job_id = await submit(queue, steps=30)
         await moves(queue, job_id)
         lost = count(metrics.worker_lease_lost)
-        lease = type("L", (), {"job": await queue.get(job_id)})
-        await lose_lease(queue, lease)
-        fresh = (await queue.claim("another", "", ["film"])).lease
+        fresh = await taken_away(queue, job_id)
         assert (fresh.job.id, fresh.job.attempt) == (job_id, 2)
         await until(lambda: count(metrics.worker_lease_lost) == lost + 1)
         assert (await reaches(queue, await submit(queue))).status == "succeeded"
@@ -191,10 +198,8 @@ async def test_a_result_that_comes_too_late_is_refused_and_removed(make, queue, 
 
     async def put_and_lose(path, source):
         stored = await put(path, source)
-        job = await queue.get(path.split("/")[1])
         if not fresh:
-            await lose_lease(queue, type("L", (), {"job": job}))
-            fresh.append((await queue.claim("another", "", ["film"])).lease)
+            fresh.append(await taken_away(queue, path.split("/")[1]))
         return stored
 
     monkeypatch.setattr(results, "put", put_and_lose)
@@ -245,7 +250,7 @@ async def test_an_artifact_that_cannot_be_loaded_is_offered_no_more(make, queue,
 async def test_a_draining_worker_ends_its_job_and_takes_no_other(make, queue):
     worker = make()
     async with at_work(worker):
-        job_id = await submit(queue, steps=20)
+        job_id = await submit(queue, steps=100)
         await moves(queue, job_id)
         waiting = await submit(queue)
         worker.draining.set()
@@ -306,7 +311,7 @@ async def test_the_worker_and_its_job_outlive_the_queue_server(settings, results
                 job_id = await submit(queue, steps=50)
                 await moves(queue, job_id)
                 os.kill(process_id(server), signal.SIGKILL)
-                await until(lambda: _answers(queue))
+                await until(lambda: answers(queue))
                 job = await reaches(queue, job_id)
                 assert (job.status, job.attempt) == ("succeeded", 1)
                 assert await content(results, job, "video.mp4") == toy.film_of("a ball", 7, 50)
@@ -314,7 +319,7 @@ async def test_the_worker_and_its_job_outlive_the_queue_server(settings, results
                 assert (await reaches(queue, await submit(queue))).status == "succeeded"
 
 
-async def _answers(queue: Queue) -> bool:
+async def answers(queue: Queue) -> bool:
     try:
         await queue.stats()
     except loop.UnavailableError:
