@@ -114,7 +114,7 @@ RECIPES = {
 
 
 def compression(checkpoint: Path, device: str, seeds: int, prompts: int, aside: Path) -> Iterator[dict[str, Any]]:
-    """Against full precision: each of RECIPES, another seed of the same prompt, and bfloat16 where the device has it."""
+    """Against full precision: each of RECIPES, another seed of the same prompt, bfloat16 where the device has it."""
     model = Wan().load(checkpoint, device, torch.float32)
     lines = model.serving.judging[:prompts]
     full = {(line, seed): film(model, line, seed) for line in lines for seed in range(seeds + 1)}
