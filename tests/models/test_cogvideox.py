@@ -18,6 +18,7 @@ from models import load, registry
 from models.base import BadInput
 from models.cogvideox import CogVideoX, CogVideoXModel, Serving
 from models.published import PUBLISHED
+from models.video import PROMPTS
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.linear import QuantLinear
 from quant_runtime.sparsity.base import TokenLayout
@@ -111,6 +112,30 @@ def test_it_runs_the_2b_checkpoint_s_places_and_the_other_scheduler(checkpoint, 
     want = films.stock(stock, negative_prompt="", guidance_scale=2.0, use_dynamic_cfg=True, max_sequence_length=TEXT)
     model = CogVideoXModel(stock, Serving.read(checkpoint), "cpu")
     assert apart(model.film(inputs(), nothing).frames, want) <= ROUNDING
+
+
+def test_a_tokenizer_that_comes_as_sentencepiece_alone_is_read(stock, checkpoint, tmp_path):
+    """As the published folders have it. `transformers` takes two more packages for that, which `worker` brings."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    stock.save_pretrained(tmp_path)
+    tokenizer = tmp_path / "tokenizer"
+    (tokenizer / "tokenizer.json").unlink()
+    named = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": TEXT}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "prompts.txt"), model_prefix=str(tokenizer / "spiece"), vocab_size=90, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "T5Tokenizer"]}))
+    (tmp_path / "serving.json").write_bytes((checkpoint / "serving.json").read_bytes())
+    model = CogVideoX().load(tmp_path, "cpu", torch.float32)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "spiece.model"))
+    text = "A red tram, a grey sky"
+    assert model.pipe.tokenizer(text).input_ids == [*own.encode(text), 1]
+    assert model.film(inputs(), nothing).frames.any()
 
 
 def test_one_frame_and_no_guidance(model):
