@@ -97,7 +97,7 @@ class HunyuanVideoModel(VideoModel):
         Refuses padding in front, and a batch whose texts differ in length.
         """
         mask = given["encoder_attention_mask"]
-        text = int(mask[0].sum())
+        text = int(mask[0].sum(dtype=torch.int))  # not in the mask's own 16-bit floats, which count to 256
         if not bool((mask[:, :text] == 1).all()) or bool(mask[:, text:].any()):
             raise ValueError("texts of a batch have one length, with padding after them; got another attention mask")
         config = self.network.config
