@@ -9,6 +9,8 @@ from models.base import Family
 
 FAMILIES = {
     "wan": "models.wan:Wan",
+    "hunyuan_video": "models.hunyuan_video:HunyuanVideo",
+    "cogvideox": "models.cogvideox:CogVideoX",
     "vggt": "models.vggt:Vggt",
 }
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from models.base import VideoLimits
@@ -16,6 +18,7 @@ LIMITS = VideoLimits(
     size_multiple=16, max_pixels=64 * 96, max_side=96, max_frames=9, max_steps=50, max_prompt=200, width=96, height=64,
     frames=9, fps=8, steps=3, guidance=2.0,
 )  # fmt: skip
+M = TypeVar("M", bound=nn.Module)
 
 
 def byte_pairs(lines: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -34,6 +37,14 @@ def byte_pairs(lines: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(
         tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
     )
+
+
+def stirred(network: M) -> M:
+    """Its vectors, which begin as ones and zeros, each moved apart: a norm that is taken for another then shows."""
+    for parameter in network.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return network.eval()
 
 
 def write(pipe: Any, folder: Path) -> None:

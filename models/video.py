@@ -137,7 +137,7 @@ class VideoModel(ABC):
     @classmethod
     def linears(cls, network: nn.Module) -> list[str]:
         """Everything linear inside the blocks, modulation included. Embedders and head stay as they are."""
-        return [n for n, m in network.named_modules() if n.startswith(cls.blocks) and isinstance(m, nn.Linear)]
+        return linear_inside(network, cls.blocks)
 
     def shared(self) -> list[Sequence[str]]:
         return [
@@ -359,6 +359,11 @@ class PipelineFamily(ABC, Generic[M]):
     @abstractmethod
     def tiny(self, folder: Path) -> None:
         """Write a checkpoint with random weights and the real layout, small enough for a test."""
+
+
+def linear_inside(network: nn.Module, blocks: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers whose names begin so."""
+    return [name for name, m in network.named_modules() if name.startswith(blocks) and isinstance(m, nn.Linear)]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

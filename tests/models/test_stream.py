@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import compress, load, stream
+from models import compress, load, registry, stream
 from models.base import VideoInputs
 from models.compress import Recipe
 from models.wan import Wan
@@ -95,6 +95,22 @@ def test_layer_by_layer_comes_out_what_comes_out_of_the_whole(checkpoint, whole,
     films = [load.load(tmp_path / x, "cpu").film(INPUTS, lambda done, of: None).frames for x in "ab"]
     assert (films[0] == films[1]).all()
     assert not left(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "cogvideox"])
+def test_other_families_go_layer_by_layer_too(name, tmp_path):
+    family = registry.family(name)
+    family.tiny(tmp_path / "checkpoint")
+    recipe = Recipe(format=W4A8, judging_samples=0)
+    words = {"base": "tiny", "device": "cpu"}
+    compress.compress(family, tmp_path / "checkpoint", recipe, tmp_path / "a", on_progress=lambda *_: None, **words)
+    stream.compress(
+        family, tmp_path / "checkpoint", Rtn(), W4A8, AttentionPlan(), tmp_path / "b", on_bytes=lambda *_: None, **words
+    )
+    one, other = (load_file(tmp_path / x / "transformer" / "diffusion_pytorch_model.safetensors") for x in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    load.load(tmp_path / "b", "cpu")  # every hash and every tensor in its place
 
 
 def test_the_layers_of_the_manifest_add_up_to_the_file(checkpoint, tmp_path):

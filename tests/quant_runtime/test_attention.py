@@ -50,6 +50,20 @@ def test_special_tokens_get_their_dense_answer_and_all_tokens_their_place(device
     assert alike.mean() > 0.5, "and their answers stand where they belong"
 
 
+@pytest.mark.parametrize("text_first", [False, True])
+def test_text_gets_its_dense_answer(text_first, device):
+    layout = TokenLayout(5, 6, 9, text=21, text_first=text_first)
+    q, k, v = qkv(layout, device)
+    state = AttentionState(AttentionPlan(TopK(0.3, block=16), qk_bits=16))
+    out, want = attend(q, k, v, layer=0, layout=layout, state=state), scaled_dot_product_attention(q, k, v)
+    error = (out - want).norm(dim=-1) / want.norm(dim=-1)
+    place = torch.arange(layout.tokens, device=device)
+    is_text = place < 21 if text_first else place >= 270
+    text, video = error[:, :, is_text], error[:, :, ~is_text]
+    assert text.max() < 1e-5
+    assert video.mean() > 0.1, "the others see a third of the keys"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_the_answer_has_the_dtype_of_the_values(dtype, bits, device):

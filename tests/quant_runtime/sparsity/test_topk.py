@@ -42,6 +42,19 @@ def test_text_sees_all_and_is_seen_by_all(device):
     assert not seen[:, :, :10, :10].all()
 
 
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize("text", [9, 70, 226])
+def test_every_block_that_holds_text_is_kept_though_text_fills_it_only_partly(text, text_first, device):
+    layout = TokenLayout(5, 7, 18, text=text, text_first=text_first)  # 630 tokens of video: no border is a block's
+    kept = blocks(TopK(0.3), layout, device)
+    seen = key_mask(kept.kept, kept.counts, kept.keys)
+    places = torch.arange(text) if text_first else torch.arange(630, layout.tokens)
+    with_text = (places // 64).unique().to(device)
+    assert seen[:, :, :, with_text].all()
+    assert seen[:, :, with_text].all()
+    assert not seen.all()
+
+
 def test_special_tokens_are_gathered_in_front():
     layout = TokenLayout(3, 2, 2, special=2)
     order = TopK().order(layout)

@@ -1,0 +1,205 @@
+"""The CogVideoX family on a checkpoint of a quarter of a megabyte, with the layout of a real one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+)
+
+from models import load, registry
+from models.base import BadInput
+from models.cogvideox import CogVideoX, CogVideoXModel, Serving
+from models.published import PUBLISHED
+from models.video import PROMPTS
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.linear import QuantLinear
+from quant_runtime.sparsity.base import TokenLayout
+from quant_runtime.sparsity.topk import TopK
+from tests.models import films
+from tests.models.films import RECIPES, apart, inputs, nothing
+from tests.support import relative_error
+
+FLOAT32 = 1e-5  # of the size of the answer: the same sums in another order, some layers deep
+ROUNDING = 1  # step of 8 bits: two answers that are one to float32 may be rounded to neighbours
+SAME_PSNR = 50.0  # dB: int8 against float32; another prompt gives some 40, another seed 13
+TEXT = 40  # tokens that every prompt is padded to
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cogvideox") / "checkpoint"
+    CogVideoX().tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return CogVideoX().load(checkpoint, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def made(request, checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("artifacts") / request.param
+    return films.made(CogVideoX(), checkpoint, RECIPES[request.param], out)
+
+
+@pytest.fixture
+def stock(checkpoint):
+    return CogVideoXPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def test_a_folder_is_recognized_by_its_index_alone(checkpoint):
+    assert registry.family_of(checkpoint).name == "cogvideox"
+
+
+def given():
+    """What the network takes: a batch of two, 72 tokens of video and their places."""
+    angles = torch.rand(72, 8).repeat_interleave(2, dim=1)
+    return {
+        "hidden_states": torch.randn(2, 3, 4, 8, 12),
+        "encoder_hidden_states": torch.randn(2, TEXT, 16),
+        "timestep": torch.tensor([500, 500]),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
+
+
+@torch.inference_mode()
+def test_its_attention_is_that_of_diffusers(checkpoint, model):
+    network = CogVideoXTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer")
+    asked = given()
+    want = network(**asked).sample
+    assert relative_error(model.network(**asked).sample, want) < FLOAT32
+    assert model.layout == TokenLayout(3, 4, 6, text=TEXT, text_first=True)
+    turned = asked | {"image_rotary_emb": given()["image_rotary_emb"]}
+    assert relative_error(model.network(**turned).sample, want) > 10 * FLOAT32, "places count"
+
+
+@torch.inference_mode()
+def test_sparse_attention_leaves_the_text_its_dense_answer(model):
+    asked, seen = given(), []
+    hook = model.network.transformer_blocks[0].attn1.register_forward_hook(lambda *call: seen.append(call[-1]))
+    for plan in (AttentionPlan(), AttentionPlan(TopK(0.5, block=16), qk_bits=16)):
+        model.attend(plan)
+        model.network(**asked)
+    hook.remove()
+    model.attend(AttentionPlan())
+    (video, text), (sparse_video, sparse_text) = seen
+    assert relative_error(sparse_text, text) < FLOAT32
+    assert relative_error(sparse_video, video) > 100 * FLOAT32
+
+
+def test_dense_in_full_precision_it_films_what_diffusers_films(model, stock):
+    want = films.stock(stock, negative_prompt="dark", guidance_scale=2.0, max_sequence_length=TEXT)
+    assert apart(model.film(inputs(negative_prompt="dark"), nothing).frames, want) <= ROUNDING
+    assert apart(model.film(inputs(negative_prompt="bright"), nothing).frames, want) > ROUNDING
+
+
+def test_it_runs_the_2b_checkpoint_s_places_and_the_other_scheduler(checkpoint, stock):
+    """2B adds sines to its tokens where 5B turns queries and keys; a DPM scheduler comes with changing guidance."""
+    config = dict(stock.transformer.config) | {"use_rotary_positional_embeddings": False}
+    stock.register_modules(
+        transformer=CogVideoXTransformer3DModel.from_config(config).eval(),
+        scheduler=CogVideoXDPMScheduler.from_config(stock.scheduler.config),
+    )
+    want = films.stock(stock, negative_prompt="", guidance_scale=2.0, use_dynamic_cfg=True, max_sequence_length=TEXT)
+    model = CogVideoXModel(stock, Serving.read(checkpoint), "cpu")
+    assert apart(model.film(inputs(), nothing).frames, want) <= ROUNDING
+
+
+def test_a_tokenizer_that_comes_as_sentencepiece_alone_is_read(stock, checkpoint, tmp_path):
+    """As the published folders have it. `transformers` takes two more packages for that, which `worker` brings."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    stock.save_pretrained(tmp_path)
+    tokenizer = tmp_path / "tokenizer"
+    (tokenizer / "tokenizer.json").unlink()
+    named = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": TEXT}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "prompts.txt"), model_prefix=str(tokenizer / "spiece"), vocab_size=90, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "T5Tokenizer"]}))
+    (tmp_path / "serving.json").write_bytes((checkpoint / "serving.json").read_bytes())
+    model = CogVideoX().load(tmp_path, "cpu", torch.float32)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "spiece.model"))
+    text = "A red tram, a grey sky"
+    assert model.pipe.tokenizer(text).input_ids == [*own.encode(text), 1]
+    assert model.film(inputs(), nothing).frames.any()
+
+
+def test_one_frame_and_no_guidance(model):
+    assert model.film(inputs(frames=1, guidance=1.0), nothing).frames.shape == (1, 32, 48, 3)
+
+
+@pytest.mark.parametrize(("change", "field"), [({"frames": 5}, "frames"), ({"prompt": "ball " * 99}, "prompt")])
+def test_what_it_cannot_film_is_refused_by_the_field_s_name(model, change, field):
+    with pytest.raises(BadInput) as refused:
+        model.film(inputs(**change), nothing)
+    assert refused.value.field == field
+
+
+def test_every_step_is_told_and_what_is_raised_there_ends_the_run(model):
+    seen = []
+
+    def stop(done, of):
+        seen.append((done, of))
+        if done == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        model.film(inputs(steps=3), stop)
+    assert seen == [(1, 3), (2, 3)]
+
+
+def test_patches_that_join_frames_are_refused(checkpoint, stock):
+    stock.transformer.register_to_config(patch_size_t=2)
+    with pytest.raises(ValueError, match=r"1\.5"):
+        CogVideoX().check(stock, checkpoint)
+
+
+def test_an_artifact_films_what_was_filmed_before_it_was_saved(made):
+    model = CogVideoX().load(made.folder, "cpu", torch.float32)
+    model.attend(made.manifest.attention.plan())
+    assert apart(model.film(inputs(), nothing).frames, made.before) == 0
+
+
+def test_a_worker_makes_files_of_it(made, tmp_path):
+    model = load.load(made.folder, "cpu")
+    outputs = model.run(inputs(), tmp_path, nothing)
+    assert [file.name for file in outputs.files] == ["video.mp4", "poster.jpg", "run.json"]
+    assert json.loads((tmp_path / "run.json").read_text())["tokens"] == TEXT + 3 * 2 * 3
+    density = model.attention.density().sparse
+    assert density is None if made.recipe is not RECIPES["sparse"] else 0 < density < 1
+    if made.recipe.judging_samples:
+        assert made.manifest.quality["psnr"] > SAME_PSNR
+
+
+def test_its_layers_are_those_of_the_blocks_modulation_included(made, model):
+    assert list(made.manifest.layers) == model.layers()
+    assert len(made.manifest.layers) == 8 * model.network.config.num_layers
+    assert {"transformer_blocks.0.norm1.linear", "transformer_blocks.1.norm2.linear"} < {*model.layers()}
+    assert all(name.startswith("transformer_blocks.") for name in model.layers())
+
+
+def test_diffusers_opens_it_with_the_layers_that_a_worker_opens(made):
+    importlib.import_module("quant_runtime.diffusers")  # teaches from_pretrained what an artifact's layers are
+    pipe = DiffusionPipeline.from_pretrained(made.folder, dtype=torch.float32)
+    low = [name for name, module in pipe.transformer.named_modules() if isinstance(module, QuantLinear)]
+    assert set(low) == set(made.manifest.layers)
+
+
+def test_at_its_true_size_it_has_the_published_parameters():
+    network = PUBLISHED["cogvideox-5b"].on_meta()
+    counted = sum(parameter.numel() for parameter in network.parameters())
+    assert (round(counted / 1e9, 4), round(2 * counted / 2**30, 3)) == (5.5703, 10.375)

@@ -1,0 +1,175 @@
+"""The HunyuanVideo family on a checkpoint of half a megabyte, with the layout of a real one."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+
+from models import load, registry
+from models.base import BadInput
+from models.hunyuan_video import HunyuanVideo, HunyuanVideoModel, Serving
+from models.published import PUBLISHED
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.linear import QuantLinear
+from quant_runtime.sparsity.base import TokenLayout
+from quant_runtime.sparsity.topk import TopK
+from tests.models import films
+from tests.models.films import RECIPES, apart, inputs, nothing
+from tests.support import relative_error
+
+FLOAT32 = 1e-5  # of the size of the answer: the same sums in another order, some layers deep
+ROUNDING = 1  # step of 8 bits: two answers that are one to float32 may be rounded to neighbours
+SAME_PSNR = 50.0  # dB: int8 against float32; another prompt gives some 40, another seed 13
+TEXT = 37  # tokens of "a red ball" in its template
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hunyuan_video") / "checkpoint"
+    HunyuanVideo().tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return HunyuanVideo().load(checkpoint, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def made(request, checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("artifacts") / request.param
+    return films.made(HunyuanVideo(), checkpoint, RECIPES[request.param], out)
+
+
+def given(text, padding):
+    """What the network takes: 72 tokens of video, `text` tokens of text and padding after them."""
+    return {
+        "hidden_states": torch.randn(1, 4, 3, 8, 12),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, text + padding, 16),
+        "encoder_attention_mask": torch.tensor([[1.0] * text + [0.0] * padding]),
+        "pooled_projections": torch.randn(1, 16),
+        "guidance": torch.tensor([6000.0]),
+    }
+
+
+def test_a_folder_is_recognized_by_its_index_alone(checkpoint):
+    assert registry.family_of(checkpoint).name == "hunyuan_video"
+
+
+@torch.inference_mode()
+def test_its_attention_is_that_of_diffusers_with_the_padding_masked(checkpoint, model):
+    network = HunyuanVideoTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer")
+    asked = given(text=21, padding=11)
+    want = network(**asked).sample
+    assert relative_error(model.network(**asked).sample, want) < FLOAT32
+    assert model.layout == TokenLayout(3, 4, 6, text=21)
+    other = model.network(**given(text=21, padding=11)).sample
+    assert relative_error(other, want) > 100 * FLOAT32, "other inputs give another answer"
+
+
+@torch.inference_mode()
+def test_sparse_attention_leaves_the_text_its_dense_answer(model):
+    asked, seen = given(text=21, padding=11), []
+    hook = model.network.transformer_blocks[0].attn.register_forward_hook(lambda *call: seen.append(call[-1]))
+    for plan in (AttentionPlan(), AttentionPlan(TopK(0.5, block=16), qk_bits=16)):
+        model.attend(plan)
+        model.network(**asked)
+    hook.remove()
+    model.attend(AttentionPlan())
+    (video, text), (sparse_video, sparse_text) = seen
+    assert relative_error(sparse_text, text) < FLOAT32
+    assert relative_error(sparse_video, video) > 100 * FLOAT32
+
+
+@pytest.mark.parametrize("mask", [[[0.0, 1.0, 1.0]], [[1.0, 0.0, 1.0]], [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]])
+def test_padding_that_is_not_at_the_end_of_all_texts_is_refused(model, mask):
+    asked = given(3, 0) | {"encoder_attention_mask": torch.tensor(mask)}
+    with pytest.raises(ValueError, match="padding after them"):
+        model.network(**asked)
+
+
+def test_dense_in_full_precision_it_films_what_diffusers_films(checkpoint, model):
+    pipe = HunyuanVideoPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    want = films.stock(pipe, guidance_scale=2.0, max_sequence_length=128)
+    film = model.film(inputs(), nothing)
+    assert apart(film.frames, want) <= ROUNDING
+    assert model.layout == TokenLayout(3, 2, 3, text=TEXT)
+    assert apart(model.film(inputs(guidance=9.0), nothing).frames, want) > ROUNDING
+
+
+def test_a_checkpoint_that_has_not_learned_guidance_is_guided_by_two_passes(checkpoint):
+    pipe = HunyuanVideoPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    config = dict(pipe.transformer.config) | {"guidance_embeds": False}
+    pipe.register_modules(transformer=HunyuanVideoTransformer3DModel.from_config(config).eval())
+    want = films.stock(pipe, negative_prompt="dark", true_cfg_scale=2.0, max_sequence_length=128)
+    model = HunyuanVideoModel(pipe, Serving.read(checkpoint), "cpu")
+    assert apart(model.film(inputs(negative_prompt="dark"), nothing).frames, want) <= ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"frames": 8}, "frames"),
+        ({"prompt": "ball " * 200}, "prompt"),
+        ({"negative_prompt": "dark"}, "negative_prompt"),
+    ],
+)
+def test_what_it_cannot_film_is_refused_by_the_field_s_name(model, change, field):
+    with pytest.raises(BadInput) as refused:
+        model.film(inputs(**change), nothing)
+    assert refused.value.field == field
+
+
+def test_every_step_is_told_and_what_is_raised_there_ends_the_run(model):
+    seen = []
+
+    def stop(done, of):
+        seen.append((done, of))
+        if done == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        model.film(inputs(steps=3), stop)
+    assert seen == [(1, 3), (2, 3)]
+
+
+def test_an_artifact_films_what_was_filmed_before_it_was_saved(made):
+    model = HunyuanVideo().load(made.folder, "cpu", torch.float32)
+    model.attend(made.manifest.attention.plan())
+    assert apart(model.film(inputs(), nothing).frames, made.before) == 0
+
+
+def test_a_worker_makes_files_of_it(made, tmp_path):
+    model = load.load(made.folder, "cpu")
+    outputs = model.run(inputs(), tmp_path, nothing)
+    assert [file.name for file in outputs.files] == ["video.mp4", "poster.jpg", "run.json"]
+    assert all(file.path.stat().st_size for file in outputs.files)
+    density = model.attention.density().sparse
+    assert density is None if made.recipe is not RECIPES["sparse"] else 0 < density < 1
+    if made.recipe.judging_samples:
+        assert made.manifest.quality["psnr"] > SAME_PSNR
+
+
+def test_its_layers_are_those_of_the_blocks_modulation_included(made, model):
+    assert list(made.manifest.layers) == model.layers()
+    double, single = model.network.config.num_layers, model.network.config.num_single_layers
+    assert len(made.manifest.layers) == 14 * double + 6 * single
+    assert {"transformer_blocks.0.norm1_context.linear", "single_transformer_blocks.1.norm.linear"} < {*model.layers()}
+    assert all(name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in model.layers())
+
+
+def test_diffusers_opens_it_with_the_layers_that_a_worker_opens(made):
+    importlib.import_module("quant_runtime.diffusers")  # teaches from_pretrained what an artifact's layers are
+    pipe = DiffusionPipeline.from_pretrained(made.folder, dtype=torch.float32)
+    low = [name for name, module in pipe.transformer.named_modules() if isinstance(module, QuantLinear)]
+    assert set(low) == set(made.manifest.layers)
+
+
+def test_at_its_true_size_it_has_the_published_parameters():
+    network = PUBLISHED["hunyuan-video"].on_meta()
+    counted = sum(parameter.numel() for parameter in network.parameters())
+    assert (round(counted / 1e9, 4), round(2 * counted / 2**30, 3)) == (12.8210, 23.881)
