@@ -1,4 +1,4 @@
-"""How a layer is stored and fed: widths as a value, written W4A8, and the packing of two int4 in a byte."""
+"""How a layer is stored and fed: widths as a value, written W4A8, and the packing of weights into their bits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from quant_runtime.kernels.unpack import WIDTHS, packed_bytes, planes
 
 
 @dataclass(frozen=True)
@@ -57,33 +60,35 @@ W8A8 = QuantFormat(weight_bits=8, activation_bits=8)
 W4A8 = QuantFormat(weight_bits=4, activation_bits=8)
 W4A6 = QuantFormat(weight_bits=4, activation_bits=6)
 W4A4 = QuantFormat(weight_bits=4, activation_bits=4)
+W3A8 = QuantFormat(weight_bits=3, activation_bits=8)
+W3A6 = QuantFormat(weight_bits=3, activation_bits=6)
+W2A8 = QuantFormat(weight_bits=2, activation_bits=8)
 
 
 def pack(weight: Tensor, bits: int) -> Tensor:
-    """Whole weights int8 [N, K] as they are stored: int8 [N, K] for 8 bits, uint8 [N, ceil(K/2)] for 4."""
+    """Whole weights int8 [N, K] as they are stored: as they are for 8 bits, else uint8 as in kernels/unpack.py."""
     check_packing(bits)
-    return weight if bits == 8 else pack_int4(weight)
+    if bits == 8:
+        return weight
+    below = 1 << (bits - 1)
+    if int(weight.min()) < -below or int(weight.max()) >= below:
+        raise ValueError(f"int{bits} holds {-below} to {below - 1}; got {int(weight.min())} to {int(weight.max())}")
+    packed, low = [], 0
+    for width, span in planes(weight.shape[1], bits):
+        slots = 8 // width
+        padded = F.pad(weight, (0, slots * span - weight.shape[1])).view(torch.uint8)
+        fields = ((padded >> low) & ((1 << width) - 1)).reshape(-1, slots, span)
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=weight.device)
+        packed.append((fields << shifts[:, None]).sum(dim=1, dtype=torch.uint8))
+        low += width
+    return torch.cat(packed, dim=1)
 
 
 def packed_shape(rows: int, inputs: int, bits: int) -> tuple[int, int]:
     check_packing(bits)
-    return rows, inputs if bits == 8 else (inputs + 1) // 2
+    return rows, inputs if bits == 8 else packed_bytes(inputs, bits)
 
 
 def check_packing(bits: int) -> None:
-    if bits not in (4, 8):
-        raise ValueError(f"weights of {bits} bits cannot be packed yet: 4 and 8 can")
-
-
-def pack_int4(weight: Tensor) -> Tensor:
-    """int8 [N, K] within -8..7 → uint8 [N, h], h = ceil(K/2): byte j holds input j low and input j + h high.
-
-    Halves and not neighbours: what a byte yields then lies in two unbroken runs, for a CPU's vectors and for a GPU's
-    tiles. For odd K the last high half is zero.
-    """
-    if int(weight.min()) < -8 or int(weight.max()) > 7:
-        raise ValueError(f"int4 holds -8 to 7; got {int(weight.min())} to {int(weight.max())}")
-    half = (weight.shape[1] + 1) // 2
-    low, high = weight[:, :half], weight[:, half:]
-    high = torch.nn.functional.pad(high, (0, half - high.shape[1]))
-    return ((low & 15) | (high << 4)).view(torch.uint8)
+    if bits not in (*WIDTHS, 8):
+        raise ValueError(f"weights of {bits} bits cannot be packed: those of 2 to 8 can")

@@ -16,7 +16,7 @@ from quant_runtime.kernels.hadamard import hadamard
 from quant_runtime.kernels.hadamard_quantize import hadamard_quantize
 from quant_runtime.kernels.linear_w4a8 import linear_w4a8
 from quant_runtime.kernels.linear_w8a8 import linear_w8a8
-from quant_runtime.kernels.unpack_w4 import unpack_w4
+from quant_runtime.kernels.unpack import unpack
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class LinearSpec:
     rotation: int = 0  # the block of the online Hadamard rotation; 0 is none
 
     def __post_init__(self) -> None:
-        if self.format.weight_bits not in (4, 8) or self.format.activation_bits == 16 or self.format.group:
-            raise ValueError(f"there are kernels for W8 and W4 with A8, A6 and A4, one scale a row; got {self.format}")
+        if not self.format.quantized or self.format.activation_bits == 16 or self.format.group:
+            raise ValueError(f"there are kernels for W2 to W8 with A8, A6 and A4, one scale a row; got {self.format}")
 
 
 class QuantLinear(nn.Module):
@@ -42,8 +42,10 @@ class QuantLinear(nn.Module):
     Scales are buffers of integers that hold the bits of floats: `module.to(torch.bfloat16)`, and a loader told to load
     in bfloat16, cast every float that they find.
 
-        qweight        int8 [N, K], or uint8 [N, ceil(K/2)] for 4 bits     weight_scale  int16 [N], the bits of bfloat16
-        input_factor   int16 [K], the bits of bfloat16, or None             input_signs   int8 [K], 1 and -1, or None
+        qweight        int8 [N, K], or below 8 bits uint8 as kernels/unpack.py has them
+        weight_scale   int16 [N], the bits of bfloat16
+        input_factor   int16 [K], the bits of bfloat16, or None
+        input_signs    int8 [K], 1 and -1, or None
         bias           a float parameter [N], or None
     """
 
@@ -110,8 +112,10 @@ class QuantLinear(nn.Module):
             q, scale = hadamard_quantize(rows, self.input_signs, self.spec.rotation, bits, self._factor())
         else:
             q, scale = rounding.quantize_rows(rows, bits, self._factor())
-        multiply = linear_w8a8 if self.spec.format.weight_bits == 8 else linear_w4a8
-        y = multiply(q, self.qweight, scale, self._scale(), self.bias, x.dtype)
+        if self.spec.format.weight_bits == 4:
+            y = linear_w4a8(q, self.qweight, scale, self._scale(), self.bias, x.dtype)
+        else:
+            y = linear_w8a8(q, self._whole(), scale, self._scale(), self.bias, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def fake_quant_forward(self, x: Tensor) -> Tensor:
@@ -128,8 +132,7 @@ class QuantLinear(nn.Module):
 
     def dequantized(self) -> Tensor:
         """The stored weights as float32 [N, K]: of the rotated and scaled input."""
-        w = self.qweight if self.spec.format.weight_bits == 8 else unpack_w4(self.qweight, self.in_features)
-        return w * self._scale()[:, None]
+        return self._whole() * self._scale()[:, None]
 
     def effective_weight(self) -> Tensor:
         """The stored weights as float32 [N, K], as they would stand in the layer that this one replaced."""
@@ -151,6 +154,10 @@ class QuantLinear(nn.Module):
         return (
             f"{self.in_features}, {self.out_features}, {self.spec.format}{turned}{scaled}, bias={self.bias is not None}"
         )
+
+    def _whole(self) -> Tensor:
+        bits = self.spec.format.weight_bits
+        return self.qweight if bits == 8 else unpack(self.qweight, self.in_features, bits)
 
     def _scale(self) -> Tensor:
         return self.weight_scale.view(torch.bfloat16).float()

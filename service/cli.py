@@ -103,7 +103,9 @@ def worker(
 # The offline stage
 
 Method = Annotated[str, typer.Option(help="none, rtn, smoothquant or quarot.")]
-Bits = Annotated[str, typer.Option(help="Of weights and activations: w8a8, w4a8, w4a6, w4a4; w16a16 with none.")]
+Bits = Annotated[
+    str, typer.Option(help="Of weights, 2 to 8, and activations, 8, 6 or 4: w8a8, w4a6, w3a6, w2a8; w16a16 with none.")
+]
 
 
 @app.command()

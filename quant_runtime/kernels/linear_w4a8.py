@@ -1,6 +1,6 @@
 """y = (x @ w.T) * x_scale * w_scale + bias with w packed, two int4 in a byte: the sums of linear_w8a8, half the bytes.
 
-x  int8 [M, K]      packed  uint8 [N, ceil(K/2)], as in unpack_w4
+x  int8 [M, K]      packed  uint8 [N, 8 · ceil(K/16)], 4 bits as in unpack
 y  [M, N] in out_dtype: float32, bfloat16 or float16
 x_scale  float32 [M]      w_scale  float32 [N]      bias  any float [N], or None
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from quant_runtime.kernels import linear_w8a8, unpack_w4
+from quant_runtime.kernels import linear_w8a8, unpack
 from quant_runtime.kernels._cpu import scratch
 from quant_runtime.kernels._triton import jit, tl, triton
 
@@ -30,7 +30,7 @@ def linear_w4a8(
 ) -> Tensor:
     if x.dim() != 2 or x.dtype != torch.int8:
         raise ValueError(f"linear_w4a8 takes x as int8 [M, K]; got {x.dtype} {list(x.shape)}")
-    unpack_w4.check_packed("linear_w4a8", packed, x.shape[1])
+    unpack.check_packed("linear_w4a8", packed, x.shape[1], 4)
     linear_w8a8.check_epilogue("linear_w4a8", x, packed.shape[0], x_scale, w_scale, bias, out_dtype)
     out: Tensor = _op(x, packed, x_scale, w_scale, bias, out_dtype)
     return out
@@ -39,14 +39,14 @@ def linear_w4a8(
 def reference(
     x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    w = unpack_w4.reference(packed, x.shape[1])
+    w = unpack.reference(packed, x.shape[1], 4)
     return linear_w8a8.reference(x, w, x_scale, w_scale, bias, out_dtype)
 
 
 def on_cpu(
     x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    w = unpack_w4.unpack_into(scratch("linear_w4a8", (packed.shape[0], x.shape[1]), torch.int8), packed)
+    w = unpack.unpack_into(scratch("linear_w4a8", (packed.shape[0], x.shape[1]), torch.int8), packed, 4)
     return linear_w8a8.on_cpu(x, w, x_scale, w_scale, bias, out_dtype)
 
 
@@ -77,8 +77,8 @@ def _kernel(
     for start in range(0, HALF, BK):
         j = start + tl.arange(0, BK)
         bytes_ = tl.load(w_cols + j[:, None], mask=in_cols[None, :] & (j < HALF)[:, None], other=0)
-        low, high = unpack_w4.halves(bytes_)
-        a = tl.load(x_rows + j[None, :], mask=in_rows[:, None] & (j < HALF)[None, :], other=0)
+        low, high = _halves(bytes_)
+        a = tl.load(x_rows + j[None, :], mask=in_rows[:, None] & (j < K)[None, :], other=0)
         sums = tl.dot(a, low, sums, out_dtype=tl.int32)
         j += HALF
         a = tl.load(x_rows + j[None, :], mask=in_rows[:, None] & (j < K)[None, :], other=0)
@@ -87,11 +87,18 @@ def _kernel(
     linear_w8a8.store_scaled(sums, x_scale, w_scale, bias, y, rows, cols, M, N, BIAS)
 
 
+@jit
+def _halves(byte):
+    """The two int4 of a byte as int8, low and high: of inputs j and j + HALF."""
+    whole = byte.to(tl.int32)
+    return ((whole << 28) >> 28).to(tl.int8), ((whole << 24) >> 28).to(tl.int8)
+
+
 def launch(
     x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     if x.shape[0] > FEW_ROWS:
-        w = unpack_w4.launch(packed, x.shape[1])
+        w = unpack.launch(packed, x.shape[1], 4)
         return linear_w8a8.launch(x, w, x_scale, w_scale, bias, out_dtype)
     return launch_few_rows(x, packed, x_scale, w_scale, bias, out_dtype)
 

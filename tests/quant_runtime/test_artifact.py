@@ -142,6 +142,22 @@ def test_weights_of_another_network_are_refused_by_name(made):
         artifact.load_into(narrow, folder, component="net")
 
 
+def test_weights_of_another_width_are_refused_by_name(tmp_path, made):
+    """What was packed in 3 bits, under a manifest that says 2 or 4."""
+    _, manifest, _ = made
+    model, x = network(), torch.randn(20, 48)
+    reports = convert(model, {"2": (Rtn(), formats.W3A6)}, observe(model, ["2"], lambda: model(x)))
+    layers = artifact.layer_records(reports)
+    assert (layers["2"].format, layers["2"].bytes) == ("W3A6", model[2].stored_bytes())
+    for written in ("W2A8", "W4A8"):
+        changed = {"2": layers["2"].model_copy(update={"format": written})}
+        folder = tmp_path / written
+        draft = manifest.model_copy(update={"layers": changed})
+        artifact.save(folder, draft, lambda folder: artifact.write_weights(model, folder))
+        with pytest.raises(ArtifactError, match=r"2\.qweight is torch\.uint8 \[48, 24\]; the network has .* \[48, "):
+            artifact.load_into(network(), folder)
+
+
 def test_a_policy_that_this_version_does_not_know_is_refused(made):
     folder, manifest, _ = made
     attention = json.loads(manifest.attention.model_dump_json())

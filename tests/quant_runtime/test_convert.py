@@ -72,8 +72,8 @@ def test_a_plan_that_cannot_be_carried_out_changes_nothing(model, x):
         convert(model, {NAMES[0]: w4a8, NAMES[3]: w4a8}, stats)
     with pytest.raises(TypeError, match=r"blocks\.0\.act is a GELU"):
         convert(model, {NAMES[0]: w4a8, "blocks.0.act": w4a8}, stats)
-    with pytest.raises(ValueError, match="W3A8"):
-        convert(model, {NAMES[0]: (Rtn(), formats.QuantFormat(3, 8))}, stats)
+    with pytest.raises(ValueError, match="W3A16"):
+        convert(model, {NAMES[0]: (Rtn(), formats.QuantFormat(3, 16))}, stats)
     with pytest.raises(AttributeError, match="nowhere"):
         convert(model, {NAMES[0]: w4a8, "blocks.nowhere": w4a8}, stats)
     assert model.state_dict().keys() == before.keys()

@@ -28,20 +28,26 @@ def test_widths_that_do_not_exist_are_refused_by_name(text):
 def test_the_largest_whole_numbers_are_symmetric():
     assert (formats.W4A6.weight_top, formats.W4A6.activation_top) == (7, 31)
     assert (formats.W8A8.weight_top, formats.W8A8.activation_top) == (127, 127)
+    assert (formats.W3A6.weight_top, formats.W2A8.weight_top) == (3, 1)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7, 16])
+@pytest.mark.parametrize("bits", [1, 9, 16])
 def test_widths_without_a_packing_are_refused_by_name(bits):
     with pytest.raises(ValueError, match=f"weights of {bits} bits"):
         formats.pack(torch.zeros(2, 2, dtype=torch.int8), bits)
 
 
-@pytest.mark.parametrize(("bits", "inputs"), [(8, 7), (4, 7), (4, 8)])
+@pytest.mark.parametrize(
+    ("bits", "inputs"), [(8, 7), *((bits, inputs) for bits in range(2, 8) for inputs in (1, 64, 65))]
+)
 def test_the_packed_shape_is_the_shape_of_what_is_packed(bits, inputs):
     weight = torch.ones(3, inputs, dtype=torch.int8)
     assert formats.pack(weight, bits).shape == formats.packed_shape(3, inputs, bits)
 
 
-def test_a_weight_that_int4_does_not_hold_is_refused():
-    with pytest.raises(ValueError, match="got 0 to 8"):
-        formats.pack_int4(torch.tensor([[0, 8]], dtype=torch.int8))
+@pytest.mark.parametrize(("bits", "largest"), [(2, 1), (3, 3), (4, 7), (7, 63)])
+def test_a_weight_that_its_bits_do_not_hold_is_refused(bits, largest):
+    with pytest.raises(ValueError, match=f"int{bits} holds {-largest - 1} to {largest}; got 0 to {largest + 1}"):
+        formats.pack(torch.tensor([[0, largest + 1]], dtype=torch.int8), bits)
+    with pytest.raises(ValueError, match=f"got {-largest - 2} to 0"):
+        formats.pack(torch.tensor([[0, -largest - 2]], dtype=torch.int8), bits)

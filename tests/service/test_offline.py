@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from models.wan import Wan
 from quant_runtime.attention import AttentionPlan
+from quant_runtime.kernels.unpack import packed_bytes
 from quant_runtime.methods import QuaRot, Rtn
 from quant_runtime.sparsity.dense import Dense
 from quant_runtime.sparsity.topk import TopK
@@ -47,6 +48,11 @@ def test_fields_of_a_method_are_set_by_name():
     assert str(made.format) == "W4A8"
 
 
+@pytest.mark.parametrize("bits", ["w2a8", "w3a6", "w3a8", "w5a8", "w6a6", "w7a4"])
+def test_every_width_of_weights_makes_a_recipe(bits):
+    assert str(offline.recipe("rtn", bits, [], AttentionPlan(), 1, 1).format) == bits.upper()
+
+
 @pytest.mark.parametrize(
     ("method", "bits", "settings", "said"),
     [
@@ -57,6 +63,9 @@ def test_fields_of_a_method_are_set_by_name():
         ("rtn", "w4a8", ["clip"], "NAME=VALUE"),
         ("rtn", "w4a8", ["clip=best"], "clip"),
         ("rtn", "w4a16", [], "W4A16"),
+        ("rtn", "w3a16", [], "kernels for W2 to W8"),
+        ("rtn", "w9a8", [], "2 to 8 or 16 bits"),
+        ("rtn", "w1a8", [], "W1A8"),
         ("none", "w16a8", [], "w16a16"),
     ],
 )
@@ -90,6 +99,19 @@ def test_quantize_says_what_came_of_it(made):
     assert "quantizing layers" in said
     assert "× W4A8" in said
     assert "psnr" in said
+
+
+def test_three_bits_go_from_the_command_line_to_the_table(made, tmp_path):
+    out = tmp_path / "three"
+    words = ["quantize", str(made[0].parent / "tiny"), "--bits", "w3a6", "--out", str(out)]
+    words += ["--calibration-samples", "1", "--judging-samples", "1"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "× W3A6" in CliRunner().invoke(app, ["inspect", str(out)]).output
+    layers = json.loads((out / "manifest.json").read_text())["layers"].values()
+    assert {layer["format"] for layer in layers} == {"W3A6"}
+    for layer in layers:  # a scale of 16 bits for each output, and a bias
+        assert layer["bytes"] == layer["out_features"] * (packed_bytes(layer["in_features"], 3) + 2 + 2 * layer["bias"])
 
 
 def test_inspect_gives_the_manifest_as_a_table_or_as_json(made):

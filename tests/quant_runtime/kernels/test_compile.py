@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from quant_runtime.formats import pack
 from quant_runtime.kernels import (
     attention_blocks,
     block_map,
@@ -24,7 +25,7 @@ from quant_runtime.kernels import (
     linear_w8a8,
     quantize_heads,
     quantize_rows,
-    unpack_w4,
+    unpack,
 )
 from quant_runtime.kernels._triton import triton
 
@@ -51,7 +52,8 @@ def launches() -> Iterator[Callable[[], object]]:
     yield lambda: linear_w8a8.launch(q, w, row_scale, scale, scale, torch.bfloat16)
     yield lambda: linear_w8a8.launch(q[:20], w, row_scale[:20], scale, None, torch.float16)
     yield lambda: linear_w4a8.launch_few_rows(q[:20], packed, row_scale[:20], scale, None, torch.float32)
-    yield lambda: unpack_w4.launch(packed, 256)
+    for bits in (2, 3, 4, 7):  # each plane alone, two, and three of them
+        yield lambda bits=bits: unpack.launch(pack(w, bits), 256, bits)
 
     head = torch.zeros(1, 2, 200, 128, dtype=torch.bfloat16)
     small, whole = head[..., :64], head.to(torch.int8)
@@ -95,7 +97,7 @@ def _type(value: object) -> str:
 def main() -> None:
     for module in (attention_blocks, block_map, hadamard, hadamard_quantize, linear_w4a8, linear_w8a8):
         record_kernels(module)
-    for module in (quantize_heads, quantize_rows, unpack_w4):
+    for module in (quantize_heads, quantize_rows, unpack):
         record_kernels(module)
     for launch in launches():
         launch()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import library
 
-from quant_runtime.formats import pack_int4
+from quant_runtime.formats import pack
 from quant_runtime.kernels import linear_w4a8 as op
 from quant_runtime.kernels import linear_w8a8
 from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, whole
@@ -20,14 +20,14 @@ def inputs(m, n, k, device):
 def test_it_answers_what_the_unpacked_weights_answer(m, n, k, device):
     x, w, x_scale, w_scale = inputs(m, n, k, device)
     bias = torch.randn(n, device=device)
-    got = op.linear_w4a8(x, pack_int4(w), x_scale, w_scale, bias, torch.float32)
+    got = op.linear_w4a8(x, pack(w, 4), x_scale, w_scale, bias, torch.float32)
     assert torch.equal(got, linear_w8a8.linear_w8a8(x, w, x_scale, w_scale, bias, torch.float32))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_the_cpu_version_agrees_with_the_reference(m, n, k):
     x, w, x_scale, w_scale = inputs(m, n, k, "cpu")
-    args = (x, pack_int4(w), x_scale, w_scale, torch.randn(n), torch.float32)
+    args = (x, pack(w, 4), x_scale, w_scale, torch.randn(n), torch.float32)
     assert relative_error(op.on_cpu(*args), op.reference(*args)) < FP32_ROUNDING
 
 
@@ -36,17 +36,17 @@ def test_the_cpu_version_agrees_with_the_reference(m, n, k):
 @pytest.mark.parametrize("version", [op.launch, op.launch_few_rows])
 def test_triton_agrees_with_the_reference(m, n, k, version, device):
     x, w, x_scale, w_scale = inputs(m, n, k, device)
-    args = (x, pack_int4(w), x_scale, w_scale, torch.randn(n, device=device), torch.float32)
+    args = (x, pack(w, 4), x_scale, w_scale, torch.randn(n, device=device), torch.float32)
     assert relative_error(version(*args), op.reference(*args)) < FP32_ROUNDING
 
 
 def test_weights_packed_for_another_layer_are_refused():
-    x, w, x_scale, w_scale = inputs(2, 4, 8, "cpu")
-    with pytest.raises(ValueError, match=r"for 8 inputs; got torch.uint8 \[4, 3\]"):
-        op.linear_w4a8(x, pack_int4(w[:, :6]), x_scale, w_scale)
+    x, w, x_scale, w_scale = inputs(2, 4, 24, "cpu")
+    with pytest.raises(ValueError, match=r"for 24 inputs of 4 bits; got torch.uint8 \[4, 8\]"):
+        op.linear_w4a8(x, pack(w[:, :16], 4), x_scale, w_scale)
 
 
 def test_torch_accepts_the_op(device):
     x, w, x_scale, w_scale = inputs(5, 7, 32, device)
-    args = (x, pack_int4(w), x_scale, w_scale, None, torch.float32)
+    args = (x, pack(w, 4), x_scale, w_scale, None, torch.float32)
     library.opcheck(torch.ops.quant_runtime.linear_w4a8.default, args)
