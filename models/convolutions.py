@@ -1,8 +1,8 @@
 """Convolutions of a float32 video autoencoder on a CPU: by oneDNN, as torch does it in bfloat16.
 
 In float32 torch takes oneDNN for large inputs alone, and measures them by their first four dimensions: of a film that
-is decoded a few frames at a time the width does not count. What it takes instead makes a whole decode take twice the
-time and twice the memory: it writes every input out once for each weight of a filter.
+is decoded a few frames at a time the width does not count. What it takes instead is slower and larger: it writes every
+input out once for each weight of a filter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def by_onednn(network: nn.Module) -> None:
         return
     for layer in network.modules():
         if isinstance(layer, nn.Conv3d) and _is_plain(layer):
-            setattr(layer, "_conv_forward", MethodType(_conv_forward, layer))  # noqa: B010  a method, to mypy
+            vars(layer)["_conv_forward"] = MethodType(_conv_forward, layer)
 
 
 def _is_plain(layer: nn.Conv3d) -> bool:

@@ -29,12 +29,10 @@ from quant_runtime.attention import AttentionPlan
 from quant_runtime.convert import prepare, report
 from quant_runtime.formats import QuantFormat
 from quant_runtime.linear import LinearSpec
-from quant_runtime.methods import DataFree, Method
+from quant_runtime.methods import METHODS, DataFree, Method
 from quant_runtime.tensor_files import Blank, TensorFiles, TensorWriter
 
-SYNC_BYTES = (
-    256 << 20
-)  # written between two notes: a crash costs no more than that, and the disk is not asked too often
+SYNC_BYTES = 256 << 20  # written between two syncs: all that a crash costs
 
 OnBytes = Callable[[int, int], None]  # (bytes of the checkpoint read, of how many)
 
@@ -97,7 +95,8 @@ def compress(
     """
     if not isinstance(method, DataFree):
         kind = artifact.method_record(method).name
-        raise ValueError(f"method {kind} needs calibration, and layer by layer nothing is run: take rtn or quarot")
+        others = " or ".join(name for name, other in METHODS.items() if issubclass(other, DataFree))
+        raise ValueError(f"method {kind} needs calibration, and layer by layer nothing is run: take {others}")
     artifact.check_free(out, replace)
     network = family.skeleton(source)
     names = family.linears(network) if format_.quantized else []
@@ -113,18 +112,20 @@ def compress(
                 records = work.run(network, partial / family.component, journal)
                 _clear_around(partial, family.component)
                 family.write_around(network, source, partial)
+                manifest = Manifest(
+                    family=family.name,
+                    base=Base(name=base),
+                    method=artifact.method_record(method),
+                    layers=records,
+                    attention=AttentionRecord.of(attention),
+                    serving={"kind": family.kind, "limits": json.loads(json.dumps(asdict(family.limits(source))))},
+                )
+                whole = artifact.seal(partial, manifest)
             except ValueError:
                 shutil.rmtree(partial)
                 raise
-            manifest = Manifest(
-                family=family.name,
-                base=Base(name=base),
-                method=artifact.method_record(method),
-                layers=records,
-                attention=AttentionRecord.of(attention),
-                serving={"kind": family.kind, "limits": json.loads(json.dumps(asdict(family.limits(source))))},
-            )
-            return artifact.finish(partial, out, manifest)
+    artifact.put(partial, out)
+    return whole
 
 
 @dataclass(frozen=True)

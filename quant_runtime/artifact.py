@@ -214,22 +214,26 @@ def save(folder: Path, manifest: Manifest, write: Callable[[Path], None], *, rep
     aside.mkdir()
     try:
         write(aside)
-        return finish(aside, folder, manifest)
+        whole = seal(aside, manifest)
+        put(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    return whole
 
 
-def finish(aside: Path, folder: Path, manifest: Manifest) -> Manifest:
-    """The artifact's files, whole in `aside`, become the artifact `folder`, in the place of the one that is there.
-
-    They are hashed, and on the disk before they get their name. Returns the manifest with its files.
-    """
+def seal(aside: Path, manifest: Manifest) -> Manifest:
+    """Hashes the files in `aside`, writes the manifest beside them and all to the disk. Returns it with its files."""
     files = {name: _record(aside / name) for name in _files(aside)}
     whole = manifest.model_copy(update={"files": files})
     Manifest.model_validate(whole.model_dump())
     (aside / MANIFEST).write_text(whole.model_dump_json(indent=1) + "\n")
     _sync(aside)
+    return whole
+
+
+def put(aside: Path, folder: Path) -> None:
+    """The sealed artifact `aside` gets its name, in the place of the one that is there."""
     if folder.exists():
         old = folder.parent / f".{folder.name}.replaced-{secrets.token_hex(4)}"
         folder.rename(old)
@@ -242,7 +246,6 @@ def finish(aside: Path, folder: Path, manifest: Manifest) -> Manifest:
     else:
         aside.rename(folder)
     _sync_one(folder.parent)
-    return whole
 
 
 def write_weights(model: nn.Module, folder: Path, name: str = "model", shard_bytes: int = SHARD_BYTES) -> None:

@@ -61,7 +61,7 @@ class Made:
 def made(family: PipelineFamily[Any], checkpoint: Path, recipe: Recipe, out: Path) -> Made:
     films = []
 
-    class Filmed(type(family)):  # type: ignore[misc]
+    class Filmed(type(family)):
         def write(self, model: Any, source: Path, target: Path) -> None:
             model.attend(recipe.attention)
             films.append(model.film(inputs(), nothing).frames)
