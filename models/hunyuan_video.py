@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from models import video
 from models.base import BadInput, VideoInputs, VideoLimits
+from models.hunyuan_video_blocks import fuse_blocks
 from models.video import PROMPTS, PipelineFamily, VideoModel, rotated, write_serving
 from quant_runtime.attention import attend
 from quant_runtime.sparsity.base import TokenLayout
@@ -90,6 +91,10 @@ class HunyuanVideoModel(VideoModel):
         stacks = ("transformer_blocks", "single_transformer_blocks")
         blocks = {f"{stack}.{i}": block for stack in stacks for i, block in enumerate(getattr(self.network, stack))}
         return {f"{name}.attn": block.attn for name, block in blocks.items()}
+
+    def fuse_projections(self) -> None:
+        super().fuse_projections()
+        fuse_blocks(self)
 
     def enter(self, given: dict[str, Any]) -> dict[str, Any]:
         """Text that is only padding is cut off, as the mask would hide it from all that is kept: nothing else changes.

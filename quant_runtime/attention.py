@@ -12,32 +12,47 @@ from torch.nn import functional as F
 
 from quant_runtime.kernels._cpu import cpu_has_bfloat16, cpu_int8_path
 from quant_runtime.kernels.attention_blocks import attention_blocks
+from quant_runtime.kernels.attention_fp8 import attention_fp8
+from quant_runtime.kernels.pack_heads import Packed, pack_heads
 from quant_runtime.kernels.quantize_heads import key_center, quantize_heads
 from quant_runtime.sparsity.base import LAYOUTS, AttentionCall, Blocks, Policy, TokenLayout, every_block
 from quant_runtime.sparsity.dense import Dense
 
 QkBits = Literal[8, 16]
 DENSE_BLOCK = 64  # the block of dense attention in int8
+PACKED_BLOCK = 128  # the block of queries and of keys where P V is in FP8
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How a model's self-attention runs. q and k have 16 bits, as they come, or 8: keys centred, then rounded."""
+    """How a model's self-attention runs. q and k have 16 bits, as they come, or 8: keys centred, then rounded.
+
+    With `pv_bits` 8 the values, and what multiplies them, are FP8 (e4m3) wherever q and k have 8 bits, and blocks are
+    128 tokens whatever the policy says.
+    """
 
     policy: Policy = field(default_factory=Dense)
     warmup: float = 0.0  # the fraction of steps, from the first, that run dense
     dense_layers: tuple[int, ...] = ()  # that run dense in every step
     qk_bits: QkBits = 8  # of sparse calls
     dense_qk_bits: QkBits = 16  # of dense calls; 16 is torch's own scaled_dot_product_attention
+    pv_bits: QkBits = 16
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is a fraction of the steps, 0 to 1; got {self.warmup}")
-        if self.qk_bits not in (8, 16) or self.dense_qk_bits not in (8, 16):
-            raise ValueError(f"q and k have 8 or 16 bits; got qk_bits={self.qk_bits}, {self.dense_qk_bits=}")
+        for name in ("qk_bits", "dense_qk_bits", "pv_bits"):
+            if getattr(self, name) not in (8, 16):
+                raise ValueError(f"{name} is 8 or 16; got {name}={getattr(self, name)}")
 
     def is_dense(self, call: AttentionCall) -> bool:
         return call.step < round(self.warmup * call.steps) or call.layer in self.dense_layers
+
+    def packed(self, call: AttentionCall) -> bool:
+        """Whether this call's q, k and v go as pack_heads makes them: all in 8 bits, tokens in the order they have."""
+        dense = self.is_dense(call) or isinstance(self.policy, Dense)
+        bits = self.dense_qk_bits if dense else self.qk_bits
+        return self.pv_bits == 8 and bits == 8 and (dense or self.policy.order(call.layout) is None)
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,9 @@ class AttentionState:
         if blocks is not None:
             self._sparse.append(density)
 
+    def call(self, layer: int, layout: TokenLayout) -> AttentionCall:
+        return AttentionCall(layer, self.step, self.steps, layout)
+
     def density(self) -> Density:
         """Of the calls since `start`. Refused before the first of them."""
         if not self._kept:
@@ -98,7 +116,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, 
     """
     if q.shape[2] != layout.tokens or k.shape[2] != layout.tokens:
         raise ValueError(f"{layout} has {layout.tokens} tokens; got q and k with {q.shape[2]} and {k.shape[2]}")
-    call, plan = AttentionCall(layer, state.step, state.steps, layout), state.plan
+    call, plan = state.call(layer, layout), state.plan
+    if plan.packed(call) and q.shape[3] % 32 == 0:
+        return attend_packed(pack_heads(q, k, v, PACKED_BLOCK), call, state, v.dtype)
     order = None
     blocks = None
     if not plan.is_dense(call):
@@ -115,6 +135,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, 
     else:
         out = _over_blocks(q, k, v, blocks, plan.qk_bits)
     return out if order is None else torch.empty_like(out).index_copy_(2, order, out)
+
+
+def attend_packed(packed: Packed, call: AttentionCall, state: AttentionState, out_dtype: torch.dtype) -> Tensor:
+    """The same of operands that pack_heads has made in blocks of PACKED_BLOCK, where the plan has them `packed`."""
+    blocks = None
+    if not state.plan.is_dense(call):
+        blocks = state.plan.policy.blocks_by_means(packed.q_means, packed.k_means, call, PACKED_BLOCK)
+    state.record(blocks)
+    if blocks is None:
+        blocks = every_block(packed.q, packed.q, PACKED_BLOCK)
+    operands = (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale)
+    return attention_fp8(
+        *operands, blocks.kept, blocks.counts, packed.q.shape[2], blocks.block_q, blocks.block_k, out_dtype
+    )
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
