@@ -66,7 +66,7 @@ class Host:
 
     def rope(self, doubled: Rope) -> Rope:
         if self._rope is None or self._rope[0] is not doubled[0]:
-            cos, sin = (t[:, ::2].float().contiguous() for t in doubled)
+            cos, sin = (t[:, ::2].half().contiguous() for t in doubled)
             self._rope = (doubled[0], (cos, sin))
         return self._rope[1]
 

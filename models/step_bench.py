@@ -64,8 +64,15 @@ def hunyuan_inputs(width: int, height: int, frames: int, device: str) -> dict[st
 class WithoutMask(HunyuanVideoAttnProcessor2_0):
     """diffusers' own, whose mask hides nothing here."""
 
-    def __call__(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        return super().__call__(*args, attention_mask=None, **kwargs)
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        return super().__call__(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
 
 
 INPUTS = {"hunyuan_video": hunyuan_inputs}
@@ -131,9 +138,10 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
         return [time, report.row(f"{case} {run}", "peak memory", peak, "GiB", "lower", samples=1)]
 
     if not chosen.no_baseline:
-        for block in made.modules():
-            if hasattr(block, "set_processor"):
-                block.set_processor(STOCK[family]())
+        stock = STOCK[family]
+        for part in made.modules():
+            if isinstance(getattr(part, "processor", None), stock.__base__):
+                part.set_processor(stock())
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
             torch.cuda.reset_peak_memory_stats()
             want, seconds = timed(step, chosen.rounds)

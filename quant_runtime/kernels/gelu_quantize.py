@@ -94,7 +94,7 @@ def launch(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None) -
         BEFORE=before is not None,
         FACTOR=factor is not None,
         KP=wide,
-        num_warps=min(16, max(4, wide // 1024)),
+        num_warps=16 if j + k > 12_288 else 8 if wide > 4096 else 4,
     )
     return q, row_scale
 

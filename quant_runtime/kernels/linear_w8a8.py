@@ -18,6 +18,7 @@ from quant_runtime.kernels._triton import TensorDescriptor, jit, processors, tl,
 LARGEST_K = 131_072  # 2**17 products of at most 2**14 fill an int32
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 64  # up to here a small tile; the rest of the card waits for weights anyway
+WIDE = 1 << 24  # weights of more bytes are shared by more rows at a time, while half of a Hopper's cache holds them
 
 
 def linear_w8a8(
@@ -200,7 +201,8 @@ def launch(
         blocks = ((x, [bm, bk]), (w, [bn, bk]), (y, [bm, bn]))
         dx, dw, dy = (TensorDescriptor.from_tensor(t, block) for t, block in blocks)
         programs = min(processors(x.device), triton.cdiv(m, bm) * triton.cdiv(n, bn))
-        sizes = {"BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+        group = 16 if n * k > WIDE else 8
+        sizes = {"BM": bm, "BN": bn, "BK": bk, "GROUP": group, "num_warps": 8, "num_stages": 3}
         _persistent[(programs,)](dx, dw, x_scale, w_scale, bias, dy, m, n, k, programs, BIAS=bias is not None, **sizes)
         return y
     bm, bn, bk, warps = (128, 128, 128, 8) if m > FEW_ROWS else (32, 64, 128, 4)

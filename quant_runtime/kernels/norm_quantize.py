@@ -233,7 +233,7 @@ def _launch(
         FACTOR=factor is not None,
         QUANTIZE=q is not None,
         KP=triton.next_power_of_2(k),
-        num_warps=4 if k <= 4096 else 8,
+        num_warps=2 if k <= 4096 else 4,
     )
     return added
 

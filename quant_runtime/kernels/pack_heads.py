@@ -3,7 +3,8 @@
 q, k, v     float [B, H, N, D], strided as they come (a fused projection's views); D even
 norm        RMS norm of q and k before all else: (q's weight, k's weight) float [D] each, or None
 others      the same for tokens that are not rotated, where these have weights of their own, or None for `norm`
-rope        (cos, sin) float32 [R, D / 2], or None: neighbouring channels of tokens first .. first + R turn as pairs
+rope        (cos, sin) float16 or float32 [R, D / 2], or None: neighbouring channels of tokens first .. first + R turn
+            as pairs; float16 is off by 2**-12 at most, a tenth of what the rounding to int8 is off by
 block       64 or 128 tokens: share a scale of k; have one mean
 
 q  int8 [B, H, N, D], q_scale  float32 [B, H, N]: one scale a token
@@ -73,9 +74,10 @@ def pack_heads(
         raise ValueError("pack_heads: others are the norms of tokens that rope leaves out; it takes norm and rope too")
     if rope is not None:
         shape = (rope[0].shape[0], size // 2)
-        if any(t.shape != shape or t.dtype != torch.float32 for t in rope) or not 0 <= first <= tokens - shape[0]:
+        fits = all(t.shape == shape and t.dtype in (torch.float16, torch.float32) for t in rope)
+        if not fits or not 0 <= first <= tokens - shape[0]:
             given = " and ".join(f"{t.dtype} {list(t.shape)}" for t in rope)
-            wanted = f"rope as float32 [R, {size // 2}] twice, first + R up to {tokens}"
+            wanted = f"rope as float16 or float32 [R, {size // 2}] twice, first + R up to {tokens}"
             raise ValueError(f"pack_heads takes {wanted}; got {given}, first={first}")
     (norm_q, norm_k), (other_q, other_k) = norm or (None, None), others or (None, None)
     cos, sin = rope or (None, None)
@@ -132,6 +134,7 @@ def _placed(
         x = x * weights
     if cos is None or sin is None:
         return x
+    cos, sin = cos.float(), sin.float()
     head, middle, tail = x.tensor_split([first, first + len(cos)], dim=2)
     even, odd = middle[..., 0::2], middle[..., 1::2]
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(3)
@@ -331,8 +334,8 @@ def _load(
         half = tl.arange(0, DP // 2)
         at = (n - first)[:, None] * (D // 2) + half[None, :]
         turning = turns[:, None] & (half < D // 2)[None, :]
-        c = tl.load(cos + at, mask=turning, other=1.0)
-        s = tl.load(sin + at, mask=turning, other=0.0)
+        c = tl.load(cos + at, mask=turning, other=1.0).to(tl.float32)
+        s = tl.load(sin + at, mask=turning, other=0.0).to(tl.float32)
         even, odd = tl.split(tl.reshape(real, (BT, DP // 2, 2)))
         real = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (BT, DP))
     return real
