@@ -99,6 +99,7 @@ class VideoTask(_Value):
     steps: int
     guidance: Guidance
     seed: Seed
+    image: Upload | None = None  # to start from
 
 
 class SceneTask(_Value):
