@@ -65,6 +65,12 @@ class VideoRequest(_Value):
     steps: Whole | None = None
     guidance: Guidance | None = None
     seed: Seed | None = None
+    image: Annotated[
+        Text | None,
+        Field(
+            description="the first frame: a data URI (data:image/png;base64,...), or an http(s) URL to fetch it from"
+        ),
+    ] = None
 
 
 class SceneRequest(_Value):
