@@ -25,13 +25,14 @@ from tests.service.support import picture
 
 PNG = picture()
 MOST_BYTES = 65_536
-SECONDS = 1.0
+PATIENCE = 10.0  # of a fetch that ends by itself, however busy this machine is
+SECONDS = 1.0  # of one that only its time ends
 ALLOWED = "127.0.0.2"  # stands for a public address: a loopback address that the settings of these tests name
 
 
 def fetcher(*ports: int, lookup: Lookup | None = None, **change: Any) -> Fetcher:
     fields = {"fetch_hosts": ("*",), "fetch_ports": ports or (80, 443), "fetch_networks": f"{ALLOWED}/32"}
-    fields |= {"fetch_seconds": SECONDS, "max_start_image_bytes": MOST_BYTES}
+    fields |= {"fetch_seconds": PATIENCE, "max_start_image_bytes": MOST_BYTES}
     return Fetcher(Settings(**(fields | change)), lookup)
 
 
@@ -55,10 +56,8 @@ async def read(fetcher: Fetcher, url: str) -> bytes:
 
 
 async def refusal(fetcher: Fetcher, url: str) -> str:
-    started = time.monotonic()
     with pytest.raises(RefusedError) as error:
         await read(fetcher, url)
-    assert time.monotonic() - started < SECONDS + 2
     assert len(str(error.value)) < 300
     return str(error.value)
 
@@ -285,11 +284,14 @@ async def test_where_hosts_are_named_others_are_refused(url, taken):
 
 async def test_by_default_no_url_is_fetched():
     with connects() as connected:
-        assert "fetches no URL" in await refusal(Fetcher(Settings(fetch_seconds=SECONDS)), "https://example.org/a.png")
+        assert "fetches no URL" in await refusal(Fetcher(Settings()), "https://example.org/a.png")
     assert connected == []
 
 
 # What a server may do
+
+
+IN_TIME = "within 1 s"
 
 
 async def slowly(path: str, say: Say) -> None:
@@ -317,7 +319,7 @@ async def endless_chunks(path: str, say: Say) -> None:
 async def endless_head(path: str, say: Say) -> None:
     await say(b"HTTP/1.1 200 OK\r\n")
     while True:
-        await say(b"X-Y: " + b"z" * 1000 + b"\r\n")
+        await say(b"X-Y: " + b"z" * 30_000 + b"\r\n")
 
 
 async def endless_patience(path: str, say: Say) -> None:
@@ -329,12 +331,12 @@ async def endless_patience(path: str, say: Say) -> None:
 @pytest.mark.parametrize(
     ("answer", "hint"),
     [
-        (slowly, "within 1 s"),
-        (never, "within 1 s"),
+        (slowly, IN_TIME),
+        (never, IN_TIME),
         (endless, "more than 65536 bytes"),
         (endless_chunks, "more than 65536 bytes"),
         (endless_head, "is no HTTP"),
-        (endless_patience, "within 1 s"),
+        (endless_patience, IN_TIME),
         (always(response(b"\0" * (MOST_BYTES + 1))), "65537 bytes; at most 65536"),
         (always(response(b"", Content_Encoding="gzip") + gzip.compress(b"\0" * 10**8)), "compressed ('gzip')"),
         (always(response(PNG, Content_Encoding="br")), "compressed ('br')"),
@@ -358,8 +360,12 @@ async def endless_patience(path: str, say: Say) -> None:
     ],
 )  # fmt: skip
 async def test_whatever_a_server_does_the_fetch_ends_and_is_explained(answer, hint):
+    seconds = SECONDS if hint == IN_TIME else PATIENCE
     async with site(answer, ALLOWED) as there:
-        assert hint in await refusal(fetcher(there.port), f"http://{ALLOWED}:{there.port}/a.png")
+        started = time.monotonic()
+        told = await refusal(fetcher(there.port, fetch_seconds=seconds), f"http://{ALLOWED}:{there.port}/a.png")
+        assert time.monotonic() - started < PATIENCE
+    assert hint in told
 
 
 async def test_nobody_listening_is_told():
@@ -380,12 +386,12 @@ async def test_a_resolver_that_does_not_answer_is_given_up():
         await asyncio.sleep(60)
         return []
 
-    assert "within 1 s" in await refusal(fetcher(lookup=asleep), "http://slow.test/")
+    assert IN_TIME in await refusal(fetcher(lookup=asleep, fetch_seconds=SECONDS), "http://slow.test/")
 
 
 async def test_a_fetch_that_finds_no_place_is_told_to_come_again():
     async with site(never, ALLOWED) as silent, site(always(response(PNG)), ALLOWED) as there:
-        busy = fetcher(silent.port, there.port, fetch_seconds=0.5)
+        busy = fetcher(silent.port, there.port, fetch_seconds=SECONDS)
         fetches = [busy.fetch(f"http://{ALLOWED}:{silent.port}/") for _ in range(4 * FETCHES_AT_ONCE)]
         ends = await asyncio.gather(*fetches, return_exceptions=True)
         turned_away = [end for end in ends if isinstance(end, ProblemError)]
