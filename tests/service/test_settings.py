@@ -28,21 +28,6 @@ def test_the_environment_sets_them(monkeypatch):
     assert settings.lease_seconds == 2
 
 
-def test_lists_are_split_and_go_to_another_process_whole(monkeypatch):
-    monkeypatch.setenv("LOWBIT_FETCH_HOSTS", "Images.example.org, *.cdn.example.net")
-    monkeypatch.setenv("LOWBIT_FETCH_NETWORKS", "10.1.0.0/16,fd00:1::/32")
-    monkeypatch.setenv("LOWBIT_FETCH_PORTS", "443,9000")
-    monkeypatch.setenv("LOWBIT_ARTIFACTS", "/a,1:/b")
-    settings = from_environment()
-    assert settings.fetch_hosts == ("images.example.org", "*.cdn.example.net")
-    assert settings.fetch_networks == (ip_network("10.1.0.0/16"), ip_network("fd00:1::/32"))
-    assert (settings.fetch_ports, settings.artifacts) == ((443, 9000), (Path("/a,1"), Path("/b")))
-    environment = to_environment(settings)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert from_environment() == settings
-
-
 def test_a_misspelled_setting_stops_the_start():
     with pytest.raises(ValueError, match=r"LOWBIT_LEASE_SECOND\b.*LOWBIT_LEASE_SECONDS"):
         from_environment({"LOWBIT_LEASE_SECOND": "2", "PATH": "/bin"})
@@ -64,3 +49,18 @@ def test_a_misspelled_setting_stops_the_start():
 def test_a_value_that_cannot_work_stops_the_start(change):
     with pytest.raises(ValidationError):
         Settings(**change)
+
+
+def test_lists_are_split_and_go_to_another_process_whole(monkeypatch):
+    monkeypatch.setenv("LOWBIT_FETCH_HOSTS", "Images.example.org, *.cdn.example.net")
+    monkeypatch.setenv("LOWBIT_FETCH_NETWORKS", "10.1.0.0/16,fd00:1::/32")
+    monkeypatch.setenv("LOWBIT_FETCH_PORTS", "443,9000")
+    monkeypatch.setenv("LOWBIT_ARTIFACTS", "/a,1:/b")
+    settings = from_environment()
+    assert settings.fetch_hosts == ("images.example.org", "*.cdn.example.net")
+    assert settings.fetch_networks == (ip_network("10.1.0.0/16"), ip_network("fd00:1::/32"))
+    assert (settings.fetch_ports, settings.artifacts) == ((443, 9000), (Path("/a,1"), Path("/b")))
+    environment = to_environment(settings)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert from_environment() == settings
