@@ -48,6 +48,7 @@ class VideoLimits:
     fps: int = 16
     steps: int = 20
     guidance: float = 5.0
+    image: Literal["none", "optional", "required"] = "none"  # a picture to start from: never, if given, always
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class VideoInputs:
     guidance: float
     seed: int
     negative_prompt: str = ""
+    image: Path | None = None  # the picture to start from, upright; decoded and checked by the caller; any size
 
 
 @dataclass(frozen=True)

@@ -251,6 +251,10 @@ class VideoModel(ABC):
             raise BadInput("frames", f"frames are {wanted}, got {inputs.frames}")
         if not 0 < inputs.steps <= size.max_steps:
             raise BadInput("steps", f"steps are 1 to {size.max_steps}, got {inputs.steps}")
+        if inputs.image is None and size.image == "required":
+            raise BadInput("image", "image is needed: this model films on from a picture")
+        if inputs.image is not None and size.image == "none":
+            raise BadInput("image", "image is not taken: this model films from the prompt alone")
         for name, text in (("prompt", inputs.prompt), ("negative_prompt", inputs.negative_prompt)):
             tokens = self.tokens(text)
             if tokens > self.serving.max_tokens:

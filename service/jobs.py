@@ -231,6 +231,7 @@ class VideoLimits(_Value):
     fps: Fps = 16
     steps: int = 20
     guidance: Guidance = 5.0
+    image: Literal["none", "optional", "required"] = "none"
 
     @model_validator(mode="after")
     def _defaults_fit(self) -> Self:

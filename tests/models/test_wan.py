@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -126,6 +127,17 @@ def test_what_it_cannot_film_is_refused_by_the_field_s_name(model, change, field
     with pytest.raises(BadInput) as refused:
         model.film(inputs(**change), nothing)
     assert refused.value.field == field
+
+
+def test_a_start_image_is_taken_where_the_limits_say_so(model, tmp_path, monkeypatch):
+    with pytest.raises(BadInput, match="not taken") as refused:
+        model.film(inputs(image=tmp_path / "start.png"), nothing)
+    assert refused.value.field == "image"
+    limits = replace(model.serving.limits, image="required")
+    monkeypatch.setattr(model, "serving", model.serving.model_copy(update={"limits": limits}))
+    with pytest.raises(BadInput, match="needed") as refused:
+        model.film(inputs(), nothing)
+    assert refused.value.field == "image"
 
 
 def test_pictures_are_refused(model, tmp_path):
