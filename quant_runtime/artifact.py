@@ -106,6 +106,7 @@ class AttentionRecord(_Strict):
     dense_qk_bits: Literal[8, 16]
     sparse_density: float | None = None
     effective_density: float | None = None
+    network_densities: dict[str, float] = {}  # the effective one of each network, where several take turns
 
     @classmethod
     def of(cls, plan: AttentionPlan, density: Density | None = None) -> AttentionRecord:
@@ -117,6 +118,7 @@ class AttentionRecord(_Strict):
             dense_qk_bits=plan.dense_qk_bits,
             sparse_density=density.sparse if density else None,
             effective_density=density.effective if density else None,
+            network_densities=dict(density.networks) if density else {},
         )
 
     def plan(self) -> AttentionPlan:
