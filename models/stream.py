@@ -11,8 +11,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +46,11 @@ class Streamed(Protocol):
     kind: Kind
     weights: str  # the name of its safetensors files, without what tells shards apart
     stored: torch.dtype  # of floats in an artifact
+
+    @property
+    def ignored(self) -> Sequence[str]:
+        """Patterns of tensors that some checkpoints hold and the network never had."""
+        ...
 
     def skeleton(self, folder: Path) -> nn.Module:
         """The checkpoint's network on the meta device, by its config, or an nn.ModuleDict of those that take turns."""
@@ -224,6 +230,7 @@ def _files(source: Path, family: Streamed, network: nn.Module) -> TensorFiles:
             f"{prefix}{key}": stored
             for folder, prefix in _prefixes(family, network).items()
             for key, stored in TensorFiles.open(source / folder, family.weights).tensors.items()
+            if not any(re.search(pattern, key) for pattern in family.ignored)
         }
     )
 

@@ -369,6 +369,11 @@ class PipelineFamily(ABC, Generic[M]):
             raise ValueError(f"{path} describes no {self.transformer.__name__}: {error}") from error
         return config
 
+    @property
+    def ignored(self) -> Sequence[str]:
+        """Patterns of tensors that diffusers does not miss: Wan's checkpoints from pictures have norms of no use."""
+        return self.transformer._keys_to_ignore_on_load_unexpected or ()
+
     def served(self, folder: Path) -> Serving:
         """What a checkpoint is run with."""
         return self.serving.read(folder)

@@ -120,6 +120,24 @@ def test_other_families_go_layer_by_layer_too(name, tmp_path):
     load.load(tmp_path / "b", "cpu")  # every hash and every tensor in its place
 
 
+def test_norms_of_no_use_that_published_checkpoints_hold_are_left_behind(tmp_path):
+    """diffusers' WanTransformer3DModel passes over `norm_added_q`."""
+    case = CASES["wan-i2v"]
+    case.tiny(tmp_path / "checkpoint")
+    weights = tmp_path / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    own = set(tensors)
+    useless = {
+        key.replace("_added_k", "_added_q"): tensor.clone() for key, tensor in tensors.items() if "norm_added_k" in key
+    }
+    assert useless
+    save_file(tensors | useless, weights)
+    case.family.load(tmp_path / "checkpoint", "cpu", torch.float32)
+    given, words = (case.family, tmp_path / "checkpoint"), {"base": "tiny", "device": "cpu"}
+    stream.compress(*given, Rtn(), W16A16, AttentionPlan(), tmp_path / "out", on_bytes=lambda *_: None, **words)
+    assert set(load_file(tmp_path / "out" / "transformer" / weights.name)) == own
+
+
 def test_killed_inside_the_second_expert_it_goes_on_there(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass

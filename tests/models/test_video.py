@@ -77,6 +77,13 @@ def test_every_step_is_told_and_what_is_raised_there_ends_the_run(case, checkpoi
     assert seen[2:] == [(1, 3)]
 
 
+def test_it_films_in_bfloat16_as_on_a_gpu(case, checkpoint):
+    family = case.family
+    model = family.load(checkpoint, "cpu", family.dtypes(torch.bfloat16, torch.bfloat16))
+    assert {network.dtype for network in networks(model.network).values()} == {torch.bfloat16}
+    model.film(case.inputs(checkpoint), nothing)  # FloatingPointError for values that are not finite
+
+
 @COMPRESSED
 def test_an_artifact_films_what_was_filmed_before_it_was_saved(case, checkpoint, made):
     model = case.family.load(made.folder, "cpu", torch.float32)
