@@ -114,6 +114,13 @@ def test_what_it_cannot_film_is_refused_by_the_field_s_name(model, change, field
     assert refused.value.field == field
 
 
+def test_a_checkpoint_that_starts_from_a_picture_is_refused(checkpoint, tmp_path):
+    films.changed(checkpoint, tmp_path, "transformer/config.json", image_condition_type="latent_concat")
+    for enter in (HunyuanVideo().skeleton, lambda folder: HunyuanVideo().load(folder, "cpu", torch.float32)):
+        with pytest.raises(ValueError, match="takes a start image"):
+            enter(tmp_path)
+
+
 def test_its_layers_are_those_of_the_blocks_modulation_included(model):
     double, single = model.network.config.num_layers, model.network.config.num_single_layers
     assert len(model.layers()) == 14 * double + 6 * single
