@@ -112,7 +112,8 @@ class Case:
             self.family.tiny(folder)
 
     def inputs(self, checkpoint: Path, **change: Any) -> VideoInputs:
-        return inputs(**self.size, **({"image": checkpoint / "start.png"} if self.image else {}) | change)
+        """Of three steps: what guided one shows in the answers of the next, of two experts the second's too."""
+        return inputs(**self.size | {"steps": 3} | ({"image": checkpoint / "start.png"} if self.image else {}) | change)
 
     def stock(self, checkpoint: Path) -> tuple[list[Tensor], np.ndarray]:
         """By diffusers' own pipeline, without a processor of ours: its networks' answers, and the film of `inputs`."""
@@ -122,8 +123,8 @@ class Case:
         return heard, film
 
     def _stock_film(self, checkpoint: Path, pipe: Any) -> np.ndarray:
-        picture = start_image.fitted(checkpoint / "start.png", **self.size) if self.image else None
-        return stock(pipe, **self.asked, **self.size, **({"image": picture} if self.image else {}))
+        image = {"image": start_image.fitted(checkpoint / "start.png", **self.size)} if self.image else {}
+        return stock(pipe, **self.asked, **self.size, **image, num_inference_steps=3)
 
 
 _WAN: dict[str, Any] = {"negative_prompt": "", "guidance_scale": 2.0, "max_sequence_length": 64}
