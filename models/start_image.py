@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from models.base import BadInput
 from models.demo import photographs
@@ -31,7 +31,7 @@ def shipped(name: str) -> Path:
 
 
 def fitted(path: Path, width: int, height: int) -> Image.Image:
-    """The picture as RGB of this size: scaled (bicubic) until it covers it, then cut to its middle.
+    """The picture as RGB of this size: its middle, of the film's shape, scaled (bicubic).
 
     A picture of the film's own shape is only scaled, as in the example of diffusers' WanImageToVideoPipeline, which
     gives a film its picture's shape; another is cut as Wan 2.2's own program does (textimage2video.py), not squeezed.
@@ -41,8 +41,5 @@ def fitted(path: Path, width: int, height: int) -> Image.Image:
             picture = image.convert("RGB")
     except OSError as error:
         raise BadInput("image", f"image cannot be read: {error}") from error
-    scale = max(width / picture.width, height / picture.height)
-    covering = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    picture = picture.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+    # Cut first: of a picture one pixel wide, all that covers a film would be as large as a memory.
+    return ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)

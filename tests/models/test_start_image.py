@@ -31,6 +31,14 @@ def test_another_shape_is_covered_and_cut_to_its_middle(picture, width, height):
     assert (pixels[:, -(width // 4) :] == (0, 0, 200)).all(), "and both halves are left, for the middle is"
 
 
+@pytest.mark.parametrize("size", [(1, 20000), (20000, 1), (1, 1)])
+def test_a_picture_of_any_shape_becomes_no_larger_than_the_film(tmp_path, size):
+    Image.new("RGB", size, (10, 200, 30)).save(tmp_path / "strip.png")
+    fitted = start_image.fitted(tmp_path / "strip.png", 832, 480)  # all that covers a film would be 40 GB
+    assert (np.asarray(fitted) == (10, 200, 30)).all()
+    assert fitted.size == (832, 480)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_a_picture_of_any_mode_becomes_rgb(picture, tmp_path, mode):
     with Image.open(picture) as image:
