@@ -107,6 +107,7 @@ class AttentionRecord(_Strict):
     pv_bits: Literal[8, 16] = 16
     sparse_density: float | None = None
     effective_density: float | None = None
+    network_densities: dict[str, float] = {}  # the effective one of each network, where several take turns
 
     @classmethod
     def of(cls, plan: AttentionPlan, density: Density | None = None) -> AttentionRecord:
@@ -119,6 +120,7 @@ class AttentionRecord(_Strict):
             pv_bits=plan.pv_bits,
             sparse_density=density.sparse if density else None,
             effective_density=density.effective if density else None,
+            network_densities=dict(density.networks) if density else {},
         )
 
     def plan(self) -> AttentionPlan:

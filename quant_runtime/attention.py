@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -61,6 +62,7 @@ class Density:
 
     effective: float  # mean over all steps, dense ones included
     sparse: float | None  # mean over the calls that were not dense; None if all were
+    networks: Mapping[str, float] = field(default_factory=dict)  # the effective one of each, where several take turns
 
 
 class AttentionState:
@@ -98,10 +100,45 @@ class AttentionState:
 
     def density(self) -> Density:
         """Of the calls since `start`. Refused before the first of them."""
-        if not self._kept:
-            raise ValueError("no attention call has been made since the generation started")
-        steps = [_mean(calls) for calls in self._kept.values()]
-        return Density(sum(steps) / len(steps), _mean(self._sparse) if self._sparse else None)
+        return _density(self._kept, self._sparse)
+
+
+class SharedState(AttentionState):
+    """The states of networks that take turns in one generation, as one: what it is told they are told.
+
+    A step belongs to the networks that made calls in it. What each of them keeps is in its own state.
+    """
+
+    def __init__(self, states: Mapping[str, AttentionState]) -> None:
+        self.states = states
+        super().__init__(next(iter(states.values())).plan)
+
+    def start(self, steps: int) -> None:
+        super().start(steps)
+        for state in self.states.values():
+            state.start(steps)
+
+    def at(self, step: int) -> None:
+        super().at(step)
+        for state in self.states.values():
+            state.at(step)
+
+    def density(self) -> Density:
+        """Over all of them. A network that had no turn is not among `networks`."""
+        kept: dict[int, list[Tensor]] = {}
+        for state in self.states.values():
+            for step, calls in state._kept.items():
+                kept[step] = [*kept.get(step, []), *calls]
+        whole = _density(kept, [density for state in self.states.values() for density in state._sparse])
+        own = {name: state.density().effective for name, state in self.states.items() if state._kept}
+        return replace(whole, networks=own)
+
+
+def _density(kept: Mapping[int, list[Tensor]], sparse: list[Tensor]) -> Density:
+    if not kept:
+        raise ValueError("no attention call has been made since the generation started")
+    steps = [_mean(calls) for calls in kept.values()]
+    return Density(sum(steps) / len(steps), _mean(sparse) if sparse else None)
 
 
 def _mean(densities: list[Tensor]) -> float:
