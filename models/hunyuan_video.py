@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from models import video
 from models.base import BadInput, VideoInputs, VideoLimits
-from models.hunyuan_video_blocks import fuse_blocks
+from models.hunyuan_video_blocks import pack_blocks
 from models.video import PROMPTS, PipelineFamily, VideoModel, rotated, write_serving
 from quant_runtime.attention import AttentionState, attend
 from quant_runtime.sparsity.base import TokenLayout
@@ -94,7 +94,7 @@ class HunyuanVideoModel(VideoModel):
 
     def fuse_projections(self) -> None:
         super().fuse_projections()
-        fuse_blocks(self)
+        pack_blocks(self.network)
 
     def enter(self, given: dict[str, Any]) -> dict[str, Any]:
         """Text that is only padding is cut off, as the mask would hide it from all that is kept: nothing else changes.

@@ -18,7 +18,9 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -36,6 +38,9 @@ def network(name: str, device: str) -> Any:
     """A published network in bfloat16 with random weights: linear ones as large as their inputs are many, norms 1."""
     made: Any = PUBLISHED[name].on_meta().to(torch.bfloat16).to_empty(device=device).eval()
     made.requires_grad_(False)
+    if isinstance(made, WanTransformer3DModel):  # its angles are made when it is, and are in no checkpoint
+        config = made.config
+        made.rope = WanRotaryPosEmbed(config.attention_head_dim, config.patch_size, config.rope_max_seq_len).to(device)
     for key, tensor in made.state_dict().items():
         if tensor.dim() > 1:
             tensor.normal_(std=(tensor.numel() / len(tensor)) ** -0.5)
@@ -46,19 +51,29 @@ def network(name: str, device: str) -> Any:
 
 def hunyuan_inputs(width: int, height: int, frames: int, device: str) -> dict[str, Any]:
     """256 real tokens of text."""
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(1, *shape, device=device, dtype=torch.bfloat16)
-
     return {
-        "hidden_states": noise(16, (frames - 1) // 4 + 1, height // 8, width // 8),
+        "hidden_states": _noise(device, 16, (frames - 1) // 4 + 1, height // 8, width // 8),
         "timestep": torch.tensor([500.0], device=device),
-        "encoder_hidden_states": noise(256, 4096),
+        "encoder_hidden_states": _noise(device, 256, 4096),
         "encoder_attention_mask": torch.ones(1, 256, device=device, dtype=torch.bfloat16),
-        "pooled_projections": noise(768),
+        "pooled_projections": _noise(device, 768),
         "guidance": torch.tensor([6000.0], device=device),
         "return_dict": False,
     }
+
+
+def wan_inputs(width: int, height: int, frames: int, device: str) -> dict[str, Any]:
+    """512 tokens of text, which Wan pads to and does not mask."""
+    return {
+        "hidden_states": _noise(device, 16, (frames - 1) // 4 + 1, height // 8, width // 8),
+        "timestep": torch.tensor([500], device=device),
+        "encoder_hidden_states": _noise(device, 512, 4096),
+        "return_dict": False,
+    }
+
+
+def _noise(device: str, *shape: int) -> Tensor:
+    return torch.randn(1, *shape, device=device, dtype=torch.bfloat16)
 
 
 class WithoutMask(HunyuanVideoAttnProcessor2_0):
@@ -75,14 +90,13 @@ class WithoutMask(HunyuanVideoAttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
 
 
-INPUTS = {"hunyuan_video": hunyuan_inputs}
-STOCK = {"hunyuan_video": WithoutMask}
+INPUTS = {"hunyuan-video": hunyuan_inputs, "wan-2.1-14b": wan_inputs, "wan-2.1-1.3b": wan_inputs}
 
 
 def model_of(name: str, made: nn.Module, device: str) -> VideoModel:
     """As a worker has it, without encoders and autoencoder."""
     family: Any = registry.family(PUBLISHED[name].family)
-    pipeline = family.pipeline
+    pipeline = family.pipelines[0]
     parts = dict.fromkeys(inspect.signature(pipeline.__init__).parameters.keys() - {"self"})
     return family.model(pipeline(**parts | {"transformer": made}), family.serving(), device)
 
@@ -113,12 +127,12 @@ def timed(call: Callable[[], Tensor], rounds: int) -> tuple[Tensor, list[float]]
 
 
 def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
-    device, family = chosen.device, PUBLISHED[name].family
+    device = chosen.device
     width, height = (int(n) for n in chosen.size.split("x"))
     case = f"{name} {width}x{height}x{chosen.frames}"
     torch.manual_seed(0)
     made = network(name, device)
-    inputs = INPUTS[family](width, height, chosen.frames, device)
+    inputs = INPUTS[name](width, height, chosen.frames, device)
 
     def step() -> Tensor:
         answer: Tensor = made(**inputs)[0]
@@ -138,10 +152,9 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
         return [time, report.row(f"{case} {run}", "peak memory", peak, "GiB", "lower", samples=1)]
 
     if not chosen.no_baseline:
-        stock = STOCK[family]
         for part in made.modules():
-            if isinstance(getattr(part, "processor", None), stock.__base__):
-                part.set_processor(stock())
+            if isinstance(getattr(part, "processor", None), HunyuanVideoAttnProcessor2_0):
+                part.set_processor(WithoutMask())
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
             torch.cuda.reset_peak_memory_stats()
             want, seconds = timed(step, chosen.rounds)
@@ -185,7 +198,7 @@ def profile(step: Callable[[], Tensor], path: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m models.step_bench", description="One denoising step at the true size.")
-    parser.add_argument("name", choices=[name for name, its in PUBLISHED.items() if its.family in INPUTS])
+    parser.add_argument("name", choices=INPUTS)
     parser.add_argument("--size", default="1280x720")
     parser.add_argument("--frames", type=int, default=129)
     parser.add_argument("--method", default="rtn")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from models import start_image, video
 from models.base import VideoInputs, VideoLimits
-from models.video import PROMPTS, PipelineFamily, VideoModel, index, rotated, write_serving
+from models.video import PROMPTS, PipelineFamily, VideoModel, index, networks, rotated, write_serving
+from models.wan_blocks import TEXT_TOKENS, pack_blocks
 from quant_runtime.attention import AttentionState, attend
 from quant_runtime.sparsity.base import TokenLayout
 
@@ -30,7 +31,6 @@ TI2V_LIMITS = VideoLimits(
     size_multiple=32, max_pixels=1280 * 704, max_side=1280, max_frames=121, width=1280, height=704, frames=121, fps=24,
     steps=50, guidance=5.0, image="optional",
 )  # fmt: skip
-TEXT_TOKENS = 512  # diffusers' attention to text and picture together finds where the text begins by this number
 
 
 class Serving(video.Serving):
@@ -120,6 +120,11 @@ class WanModel(VideoModel):
 
     def attentions(self, network: Any) -> Mapping[str, Any]:
         return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(network.blocks)}
+
+    def fuse_projections(self) -> None:
+        super().fuse_projections()
+        for network in networks(self.network).values():
+            pack_blocks(network)
 
     def groups(self, network: Any) -> list[Sequence[str]]:
         pairs = [("to_k", "to_v")] + [("add_k_proj", "add_v_proj")] * (network.config.added_kv_proj_dim is not None)

@@ -8,6 +8,7 @@ one channel in 64 scaled by 30.
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
@@ -211,7 +212,7 @@ def attention_error(got: Tensor, qkv: Tensor, lists: tuple[Tensor, Tensor] | Non
         want = F.scaled_dot_product_attention(*one)
         apart += float((got[:, head, rows].double() - want).square().sum())
         size += float(want.square().sum())
-    return (apart / size) ** 0.5
+    return math.sqrt(apart / size)
 
 
 def timed(call: Callable[[], Tensor], rounds: int) -> list[float]:

@@ -1,7 +1,8 @@
 """Queries, keys and values as attention_fp8 takes them, and the means that its blocks are chosen by, in one pass.
 
 q, k, v     float [B, H, N, D], strided as they come (a fused projection's views); D even
-norm        RMS norm of q and k before all else: (q's weight, k's weight) float [D] each, or None
+norm        RMS norm of q and k before all else: (q's weight, k's weight) float [D] each, of every head by itself, or
+            [H * D] each, of all heads of a token together; or None
 others      the same for tokens that are not rotated, where these have weights of their own, or None for `norm`
 rope        (cos, sin) float16 or float32 [R, D / 2], or None: neighbouring channels of tokens first .. first + R turn
             as pairs; float16 is off by 2**-12 at most, a tenth of what the rounding to int8 is off by
@@ -67,11 +68,16 @@ def pack_heads(
     tokens, size = q.shape[2:]
     if not q.is_floating_point() or size % 2 or block not in BLOCKS:
         raise ValueError(f"pack_heads takes floats, an even D, blocks of 64 or 128; got {q.dtype}, D={size}, {block}")
-    for name, pair in (("norm", norm), ("others", others)):
-        if pair is not None and any(w.shape != (size,) for w in pair):
-            raise ValueError(f"pack_heads: {name} is two weights [{size}]; got {[list(w.shape) for w in pair]}")
-    if others is not None and (norm is None or rope is None):
-        raise ValueError("pack_heads: others are the norms of tokens that rope leaves out; it takes norm and rope too")
+    wide = q.shape[1] * size
+    for name, pair, shapes in (("norm", norm, ((size,), (wide,))), ("others", others, ((size,),))):
+        if pair is not None and not (pair[0].shape == pair[1].shape and pair[0].shape in shapes):
+            wanted, given = (" or ".join(str(list(s)) for s in these) for these in (shapes, [w.shape for w in pair]))
+            raise ValueError(f"pack_heads: {name} is two weights {wanted}; got {given}")
+    if others is not None and (norm is None or rope is None or norm[0].shape != others[0].shape):
+        had = f"norm {None if norm is None else list(norm[0].shape)}, rope {'not ' if rope is None else ''}given"
+        raise ValueError(
+            f"pack_heads: others are norms of tokens that rope leaves out, beside norms [{size}]; got {had}"
+        )
     if rope is not None:
         shape = (rope[0].shape[0], size // 2)
         fits = all(t.shape == shape and t.dtype in (torch.float16, torch.float32) for t in rope)
@@ -126,7 +132,9 @@ def _placed(
 ) -> Tensor:
     """float32 x, normalized and turned."""
     x = x.float()
-    if norm is not None:
+    if norm is not None and len(norm) > x.shape[3]:
+        x = x * (x.square().mean(dim=(1, 3), keepdim=True) + eps).rsqrt() * norm.float().view(x.shape[1], 1, -1)
+    elif norm is not None:
         x = x * (x.square().mean(dim=3, keepdim=True) + eps).rsqrt()
         weights = norm.float().expand(x.shape[2], -1).clone()
         if other is not None and cos is not None:
@@ -154,10 +162,20 @@ def _stride(tokens: int) -> int:
 
 
 @jit
+def _together(x, inverse, N, x_b, x_h, x_n, eps, H: tl.constexpr, D: tl.constexpr, WP: tl.constexpr):
+    """One over the root mean square of a token's heads together, float32 [B, N]."""
+    n, b, i = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, WP)
+    at = x + b * x_b + n * x_n + i // D * x_h + i % D
+    real = tl.load(at, mask=i < H * D, other=0.0).to(tl.float32)
+    tl.store(inverse + b * N + n, tl.math.rsqrt(tl.sum(real * real, axis=0) / (H * D) + eps))
+
+
+@jit
 def _center(
     k,
     norm,
     other,
+    inverse,
     cos,
     sin,
     center,
@@ -179,11 +197,14 @@ def _center(
 ):
     head, d = tl.program_id(0), tl.arange(0, DP)
     x_head = k + (head // H).to(tl.int64) * k_b + (head % H).to(tl.int64) * k_h
+    if NORM == 2:
+        norm += head % H * D
+        inverse += head // H * N
     samples = tl.cdiv(N, stride)
     sums = tl.zeros((DP,), tl.float32)
     for start in range(0, samples, BT):
         n = (start + tl.arange(0, BT)) * stride
-        real = _load(x_head, k_n, n, N, norm, other, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
+        real = _load(x_head, k_n, n, N, norm, other, inverse, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
         sums += tl.sum(real, axis=0)
     tl.store(center + head * D + d, sums / samples, mask=d < D)
 
@@ -211,6 +232,8 @@ def _pack(
     norm_k,
     other_q,
     other_k,
+    inverse_q,
+    inverse_k,
     cos,
     sin,
     center,
@@ -256,10 +279,15 @@ def _pack(
     inside = in_n[:, None] & in_d[None, :]
     held = tl.minimum(N - block * BT, BT)
     means = (head64 * BLOCKS + block) * D + d
+    if NORM == 2:
+        norm_q += h * D
+        norm_k += h * D
+        inverse_q += b * N
+        inverse_k += b * N
 
     if part == 0:
         mine = q + b * q_b + h * q_h
-        real = _load(mine, q_n, n, N, norm_q, other_q, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
+        real = _load(mine, q_n, n, N, norm_q, other_q, inverse_q, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
         tl.store(q_means + means, tl.sum(real, axis=0) / held, mask=in_d)
         scale = _scale(real, 127.0, TINY, BT)
         tl.store(q_scale + head64 * N + n, scale, mask=in_n)
@@ -267,7 +295,7 @@ def _pack(
         tl.store(q_out + (head64 * N + n)[:, None] * D + d[None, :], whole(real), mask=inside)
     elif part == 1:
         mine = k + b * k_b + h * k_h
-        real = _load(mine, k_n, n, N, norm_k, other_k, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
+        real = _load(mine, k_n, n, N, norm_k, other_k, inverse_k, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
         tl.store(k_means + means, tl.sum(real, axis=0) / held, mask=in_d)
         real = tl.where(inside, real - tl.load(center + head * D + d, mask=in_d, other=0.0)[None, :], 0.0)
         each = _scale(real, 127.0, TINY, BT)
@@ -307,6 +335,7 @@ def _load(
     N,
     norm,
     other,
+    inverse,
     cos,
     sin,
     first,
@@ -319,13 +348,16 @@ def _load(
     D: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """float32 [BT, DP], normalized and turned; zeros beyond N and D."""
+    """float32 [BT, DP], normalized and turned; zeros beyond N and D. NORM: 0 for none, 1 by heads, 2 by tokens."""
     d = tl.arange(0, DP)
     inside = (n < N)[:, None] & (d < D)[None, :]
     real = tl.load(x + n.to(tl.int64)[:, None] * x_n + d[None, :], mask=inside, other=0.0).to(tl.float32)
     turns = (n >= first) & (n < first + R)
-    if NORM:
+    if NORM == 1:
         real *= tl.math.rsqrt(tl.sum(real * real, axis=1) / D + eps)[:, None]
+    if NORM == 2:
+        real *= tl.load(inverse + n, mask=n < N, other=0.0)[:, None]
+    if NORM > 0:
         weight = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         if OTHER:
             weight = tl.where(turns[:, None], weight, tl.load(other + d, mask=d < D, other=0.0).to(tl.float32)[None, :])
@@ -364,12 +396,31 @@ def launch(
     center = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device)
     most = torch.zeros(batch, heads, size, dtype=torch.float32, device=q.device)
     rotated = 0 if cos is None else len(cos)
-    kinds = {"NORM": norm_q is not None, "OTHER": other_q is not None, "ROPE": cos is not None}
+    together = norm_q is not None and len(norm_q) > size
+    kinds = {"NORM": 0 if norm_q is None else 1 + together, "OTHER": other_q is not None, "ROPE": cos is not None}
     sizes = {"D": size, "DP": max(16, triton.next_power_of_2(size))}
+    inverse_q = inverse_k = None
+    if together:
+        inverse_q, inverse_k = torch.empty(2, batch, tokens, dtype=torch.float32, device=q.device)
+        wide = {"H": heads, "D": size, "WP": triton.next_power_of_2(heads * size)}
+        for x, inverse in ((q, inverse_q), (k, inverse_k)):
+            _together[(tokens, batch)](x, inverse, tokens, *x.stride()[:3], eps, **wide)
     all_heads, blocks = batch * heads, outputs[3].shape[2]
     place = (heads, tokens, first, rotated, eps)
     _center[(all_heads,)](
-        k, norm_k, other_k, cos, sin, center, *place, _stride(tokens), *k.stride()[:3], **kinds, BT=64, **sizes
+        k,
+        norm_k,
+        other_k,
+        inverse_k,
+        cos,
+        sin,
+        center,
+        *place,
+        _stride(tokens),
+        *k.stride()[:3],
+        **kinds,
+        BT=64,
+        **sizes,
     )
     _largest[(all_heads, triton.cdiv(tokens, 512))](v, most, heads, tokens, *v.stride()[:3], BT=128, **sizes)
     _pack[(all_heads, blocks, 3)](
@@ -380,6 +431,8 @@ def launch(
         norm_k,
         other_q,
         other_k,
+        inverse_q,
+        inverse_k,
         cos,
         sin,
         center,

@@ -10,7 +10,10 @@ from quant_runtime.methods import METHODS
 from quant_runtime.sparsity.topk import TopK
 from tests.support import relative_error
 
-SAME = 1e-3  # angles go in 16 bits, and here and there an entry falls to the other side of a half
+SAME = {
+    "rtn": 1e-5,
+    "quarot": 1e-3,
+}  # of a rotated layer's input an entry falls to the other side of a half here and there
 FP8_VALUES = 0.02  # what P and V in FP8 do to the whole network
 PACKED = AttentionPlan(dense_qk_bits=8, pv_bits=8)
 
@@ -62,7 +65,7 @@ def test_packed_blocks_answer_what_diffusers_blocks_answer(method, batch):
         with torch.inference_mode():
             got = packed.network(**given)[0]
         assert all(isinstance(block.forward, Block) for block in packed.network.transformer_blocks)
-        assert relative_error(got, want) < SAME
+        assert relative_error(got, want) < SAME[method]
         assert packed.attention.density() == made.attention.density()
 
 

@@ -21,14 +21,16 @@ SHAPES = [  # batch, heads, tokens, size, block, tokens that turn, first of them
 ]
 
 
-def arguments(shape, device, dtype=torch.float32):
-    """q, k and v as a fused projection leaves them, norms of both kinds of token, angles."""
+def arguments(shape, device, dtype=torch.float32, together=False):
+    """q, k and v as a fused projection leaves them, norms of both kinds of token or of all heads together, angles."""
     batch, heads, tokens, size, block, turning, first = shape
     x = torch.randn(batch, tokens, 3, heads, size, device=device)
     x[..., ::64] *= 10
     x[:, :, 1] += 3 * torch.randn(size, device=device)
     q, k, v = x.to(dtype).permute(2, 0, 3, 1, 4)
     weights = [torch.rand(size, device=device, dtype=dtype) + 0.5 for _ in range(4)]
+    if together:
+        weights = [*(torch.rand(2, heads * size, device=device, dtype=dtype) + 0.5), None, None]
     if not turning:
         return q, k, v, block, *weights[:2], None, None, 1e-6, None, None, 0
     angles = torch.rand(turning, size // 2, device=device) * 6
@@ -37,9 +39,10 @@ def arguments(shape, device, dtype=torch.float32):
 
 @pytest.mark.skipif(op.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
-def test_triton_agrees_with_the_reference(shape, dtype, device):
-    args = arguments(shape, device, dtype)
+def test_triton_agrees_with_the_reference(shape, together, dtype, device):
+    args = arguments(shape, device, dtype, together)
     got, want = op.Packed(*op.launch(*args)), op.Packed(*op.reference(*args))
     for name in ("q_scale", "k_scale", "v_scale", "q_means", "k_means"):
         assert relative_error(getattr(got, name), getattr(want, name)) < FP32_ROUNDING, name
@@ -77,6 +80,13 @@ def test_the_reference_packs_what_diffusers_norms_and_rotation_give(shape):
     assert relative_error(packed.k_means[:, :, -1], want_k[:, :, (tokens - 1) // block * block :].mean(dim=2)) < 1e-5
 
 
+def test_a_norm_of_all_heads_together_is_that_of_their_channels_side_by_side(device):
+    q, k, v, block, norm_q, norm_k, *_ = arguments((2, 3, 20, 32, 64, 0, 0), device, together=True)
+    packed = op.pack_heads(q, k, v, block, (norm_q, norm_k))
+    want = rms_norm(q.transpose(1, 2).flatten(2), (96,), norm_q, 1e-6).unflatten(2, (3, 32)).transpose(1, 2)
+    assert relative_error(packed.q * packed.q_scale[..., None], want) < INT8
+
+
 @pytest.mark.parametrize("version", [op.reference, op.launch])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy says so when the interpreter meets a NaN
 def test_what_is_not_finite_shows_where_it_is(version, device):
@@ -97,7 +107,7 @@ def test_what_is_not_finite_shows_where_it_is(version, device):
     [
         ({"v": torch.zeros(1, 2, 8, 32)}, r"\[1, 2, 8, 32\]"),
         ({"block": 32}, "32"),
-        ({"norm": (torch.ones(32), torch.ones(31))}, r"norm is two weights \[32\]"),
+        ({"norm": (torch.ones(32), torch.ones(31))}, r"norm is two weights \[32\] or \[64\]"),
         ({"others": (torch.ones(32), torch.ones(32))}, "others"),
         ({"rope": (torch.zeros(9, 16), torch.zeros(10, 16))}, r"\[9, 16\]"),
         ({"rope": (torch.zeros(9, 16), torch.zeros(9, 16)), "first": 4}, "first=4"),
