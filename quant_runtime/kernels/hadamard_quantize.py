@@ -15,6 +15,9 @@ from quant_runtime.kernels import hadamard, quantize_rows
 from quant_runtime.kernels._cpu import row_chunks
 from quant_runtime.kernels._triton import jit, tl, triton
 
+LARGEST_INNER = 128  # what one matrix product turns; a second one turns as many of these, at most
+LARGEST_TILE = 1 << 14  # numbers that a program holds in registers
+
 
 def hadamard_quantize(
     x: Tensor, signs: Tensor, block: int, bits: int = 8, factor: Tensor | None = None
@@ -55,48 +58,67 @@ def _kernel(
     FACTOR: tl.constexpr,
     B: tl.constexpr,
     BP: tl.constexpr,
+    ACROSS: tl.constexpr,
+    PARTS: tl.constexpr,
     BR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    rows, cols = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BP)
-    inside = (rows < M)[:, None] & (cols < B)[None, :]
-    at = rows[:, None] * K + cols[None, :]
+    """BR whole rows of x as [BR * PARTS, B]: H of B from the right, then H of ACROSS over neighbouring parts."""
+    i, cols = tl.arange(0, BR * PARTS), tl.arange(0, BP)
+    row, part = tl.program_id(0).to(tl.int64) * BR + i // PARTS, i % PARTS
+    inside = ((row < M) & (part * B < K))[:, None] & (cols < B)[None, :]
+    columns = part[:, None] * B + cols[None, :]
+    at = row[:, None] * K + columns
+    block = tl.load(x + at, mask=inside, other=0.0)
+    block *= tl.load(signs + columns, mask=inside, other=0).to(block.dtype)
+    turned = tl.dot(block, hadamard.signed_ones(BP, block.dtype), input_precision="ieee") * (1 / (B * ACROSS) ** 0.5)
+    if ACROSS > 1:
+        ones = hadamard.signed_ones(BR * PARTS, tl.float32)
+        near = (i // ACROSS)[:, None] == (i // ACROSS)[None, :]  # popcount of the bits within: those above are alike
+        odd = (1 - 2 * _parity(i // ACROSS))[:, None].to(tl.float32)
+        turned = tl.dot(tl.where(near, ones * odd, 0.0), turned, input_precision=PRECISION)
+    if FACTOR:
+        turned *= tl.load(factor + columns, mask=inside, other=0.0)
+    turned = tl.where(inside, turned, 0.0)  # beyond B, H of the padded size goes on
 
-    most, broken = tl.zeros((BR,), tl.float32), tl.zeros((BR,), tl.float32)
-    for start in range(0, K, B):
-        turned = _turned(x, signs, factor, at, cols, start, inside, FACTOR, B, BP)
-        most = tl.maximum(most, tl.max(tl.abs(turned), axis=1))
-        broken = tl.maximum(broken, tl.max((turned != turned).to(tl.float32), axis=1))
-
+    most = tl.max(tl.reshape(tl.max(tl.abs(turned), axis=1), (BR, PARTS)), axis=1)
+    broken = tl.max(tl.reshape(tl.max((turned != turned).to(tl.float32), axis=1), (BR, PARTS)), axis=1)
     row_scale = tl.math.div_rn(tl.maximum(most, TINY), top + tl.zeros((BR,), tl.float32))
     row_scale = tl.where(broken > 0, float("nan"), row_scale)
-    inverse = tl.math.div_rn(tl.full((BR,), 1.0, tl.float32), row_scale)
+    rows = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     tl.store(scale + rows, row_scale, mask=rows < M)
-    for start in range(0, K, B):  # turning twice is cheaper than writing float32 out and reading it back
-        turned = _turned(x, signs, factor, at, cols, start, inside, FACTOR, B, BP)
-        tl.store(q + at + start, quantize_rows.whole(turned * inverse[:, None]), mask=inside)
+    inverse = tl.math.div_rn(tl.full((BR,), 1.0, tl.float32), row_scale)
+    each = tl.reshape(tl.broadcast_to(inverse[:, None], (BR, PARTS)), (BR * PARTS,))
+    tl.store(q + at, quantize_rows.whole(turned * each[:, None]), mask=inside)
 
 
 @jit
-def _turned(x, signs, factor, at, cols, start, inside, FACTOR: tl.constexpr, B: tl.constexpr, BP: tl.constexpr):
-    block = tl.load(x + at + start, mask=inside, other=0.0)
-    block *= tl.load(signs + start + cols, mask=cols < B, other=0).to(block.dtype)[None, :]
-    turned = tl.dot(block, hadamard.signed_ones(BP, block.dtype), input_precision="ieee") * (1 / B**0.5)
-    if FACTOR:
-        turned *= tl.load(factor + start + cols, mask=cols < B, other=0.0)[None, :]
-    return tl.where(inside, turned, 0.0)  # beyond B, H of the padded size goes on
+def _parity(i):
+    i ^= i >> 8
+    i ^= i >> 4
+    i ^= i >> 2
+    i ^= i >> 1
+    return i & 1
 
 
 def launch(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    if block > hadamard.tile(x.dtype):  # a block across tiles needs all of them at once: two kernels
+    (m, k), inner = x.shape, min(block, hadamard.tile(x.dtype), LARGEST_INNER)
+    parts, across = triton.next_power_of_2(k // inner), block // inner
+    if parts * max(inner, 16) > LARGEST_TILE or (across > 1 and parts > LARGEST_INNER):  # a row does not fit
         return quantize_rows.launch(hadamard.launch(x, signs, block), bits, factor)
-    m, k = x.shape
     q = torch.empty(m, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    sizes = {"B": block, "BP": max(block, 16), "BR": 32}
+    most_rows = LARGEST_TILE // (parts * max(inner, 16))
+    rows = max(1, 16 // parts, min(most_rows, LARGEST_INNER // parts) if across > 1 else most_rows)
+    sizes = {"B": inner, "BP": max(inner, 16), "ACROSS": across, "PARTS": parts, "BR": rows}
+    precision = (
+        "ieee" if x.dtype == torch.float32 else "tf32"
+    )  # of sums of 16-bit numbers 11 bits are as good as their own
     top, tiny = 2.0 ** (bits - 1) - 1, quantize_rows.TINY
-    _kernel[(triton.cdiv(m, 32),)](
-        x.contiguous(), signs, factor, q, scale, m, k, top, TINY=tiny, FACTOR=factor is not None, **sizes
-    )
+    _kernel[(triton.cdiv(m, rows),)](
+        x.contiguous(), signs, factor, q, scale, m, k, top, TINY=tiny, FACTOR=factor is not None, **sizes,
+        PRECISION=precision, num_warps=8 if rows * parts * max(inner, 16) > 8192 else 4,
+    )  # fmt: skip
     return q, scale
 
 

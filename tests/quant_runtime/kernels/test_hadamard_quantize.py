@@ -7,7 +7,8 @@ from tests.quant_runtime.kernels.inputs import TRITON_DTYPES, rows, signs
 
 SAME_SCALE = 1e-6  # relative: the rotation's float32 sums are rounded in another order
 FLIPS = 1e-3  # of the entries may fall to the other side of a half, by one step
-SHAPES = [(5, 6, 2), (33, 384, 128), (40, 48, 16), (3, 2048, 1024)]
+SHORT = 2**-10, 0.05  # the same where a GPU turns sums of 16-bit numbers in 11 bits
+SHAPES = [(5, 6, 2), (33, 384, 128), (40, 48, 16), (3, 2048, 1024), (5, 768, 2)]
 VERSIONS = [op.on_cpu, pytest.param(op.launch, marks=pytest.mark.skipif(op.triton is None, reason="no Triton"))]
 
 
@@ -21,9 +22,10 @@ def test_versions_agree_with_the_reference(version, m, k, block, dtype, device):
     for bits, factor in ((8, None), (4, torch.rand(k, device=device) + 0.1)):
         q, scale = version(x, s, block, bits, factor)
         want_q, want_scale = op.reference(x, s, block, bits, factor)
-        assert ((scale - want_scale).abs() <= SAME_SCALE * want_scale).all()
+        same, flips = SHORT if device == "cuda" and dtype != torch.float32 else (SAME_SCALE, FLIPS)
+        assert ((scale - want_scale).abs() <= same * want_scale).all()
         assert (q.int() - want_q.int()).abs().max() <= 1
-        assert (q != want_q).float().mean() < FLIPS
+        assert (q != want_q).float().mean() < flips
 
 
 @pytest.mark.parametrize("version", [op.reference, *VERSIONS])
