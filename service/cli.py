@@ -30,6 +30,10 @@ app = typer.Typer(
 )
 
 
+dev = typer.Typer(help="For those who develop lowbit.", no_args_is_help=True)
+app.add_typer(dev, name="dev")
+
+
 def _option(text: str, variable: str, otherwise: str) -> Any:
     return typer.Option(help=f"{text} [{variable}; {otherwise}]", show_default=False)
 
@@ -189,16 +193,41 @@ def demo(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="linear, attention: one op. video, scene: a whole demo model.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="linear, attention: one op. video, scene: a whole demo model. "
+            "quantize: checkpoints of full size in bounded memory."
+        ),
+    ],
 ) -> None:
-    """Time an op or a demo model beside its baselines, and write the rows into docs/results."""
+    """Time an op or a demo model beside its baselines, or a large checkpoint's way; rows go into docs/results."""
     programs = {"linear": "quant_runtime.bench", "attention": "quant_runtime.bench"}
     programs |= {kind: f"models.demo.{kind}.bench" for kind in ("video", "scene")}
+    programs |= {"quantize": "service.bench"}
     if name not in programs:
         raise _refused(ValueError(f"no benchmark {name!r}: there are {', '.join(programs)}"))
-    arguments = [name, *context.args] if programs[name] == "quant_runtime.bench" else context.args
+    arguments = context.args if programs[name].startswith("models.demo") else [name, *context.args]
     done = subprocess.run(child.command(programs[name], *arguments), env=child.environment(), check=False)
     raise typer.Exit(done.returncode)
+
+
+@dev.command()
+def synth(
+    name: Annotated[str, typer.Argument(help="A published checkpoint: hunyuan-video, wan-2.1-14b, cogvideox-5b ...")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint's folder.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; as published where it is left out.")
+    ] = None,
+) -> None:
+    """Make a checkpoint of full size with random weights: its transformer alone, in shards as the hub has them."""
+    from rich.console import Console
+
+    with _told_in_one_line():
+        from service import dev as made
+
+        made.synth(name, folder, seed, dtype, Console())
 
 
 def _needs_torch() -> None:

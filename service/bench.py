@@ -1,0 +1,201 @@
+"""python -m service.bench quantize NAME ...: checkpoints of full size, with random weights, become artifacts.
+
+One after the other `lowbit dev synth` makes it, `lowbit quantize --stream` compresses it, and it is removed. Rows as in
+quant_runtime/report.py. Each command is a process of its own: peak memory is its `ru_maxrss`, in which mapped pages
+count. The disk is tried alone in the same run, over 2 GiB, and files are dropped from the page cache before they are
+read; what a machine below keeps of them cannot be.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant_runtime import artifact, report
+from quant_runtime.artifact import Manifest
+from quant_runtime.tensor_files import TensorFiles
+from service import child
+
+GIB = 2**30
+TRIED = 2 * GIB  # bytes that the disk is tried with
+BLOCK = 16 << 20
+COMPONENT, WEIGHTS = "transformer", "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A process that has ended well."""
+
+    seconds: float
+    cpu_seconds: float
+    peak: int  # bytes
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes a second, in a row and with nothing else to do."""
+
+    reads: float
+    writes: float
+
+    def seconds(self, read: int, written: int) -> float:
+        return read / self.reads + written / self.writes
+
+
+def quantize(names: list[str], scratch: Path, method: str, bits: str, keep: bool) -> Iterator[dict[str, Any]]:
+    disk = tried(scratch)
+    yield report.row("the disk alone", "read", disk.reads / 1e6, "MB/s", "higher", samples=1)
+    yield report.row("the disk alone", "written", disk.writes / 1e6, "MB/s", "higher", samples=1)
+    for name in names:
+        yield from _quantized(name, scratch, method, bits, disk, keep)
+
+
+def _quantized(name: str, scratch: Path, method: str, bits: str, disk: Disk, keep: bool) -> Iterator[dict[str, Any]]:
+    source, out = scratch / name, scratch / f"{name}-{method}-{bits}"
+    made = ran(*_lowbit("dev", "synth", name, str(source)))
+    with TensorFiles.open(source / COMPONENT, WEIGHTS) as files:
+        half = sum(2 * math.prod(stored.shape) for stored in files.tensors.values())
+        read = sum(file.stat().st_size for file in files.files())
+    yield _rate(name, "checkpoint made", made, 0, read, disk)
+    yield _peak(name, "checkpoint made", made)
+    forget(source)
+    options = ("--method", method, "--bits", bits, "--stream", "--out", str(out))
+    done = ran(*_lowbit("quantize", str(source), *options))
+    shutil.rmtree(source)
+    written, parts = added_up(out, artifact.read_manifest(out))
+    case = f"{name} {method} {bits}"
+    yield report.row(
+        case, "transformer", written / GIB, "GiB", "lower", samples=1, baseline=("16 bits", half / GIB), error=parts
+    )
+    yield _time(case, done)
+    yield _rate(case, "read and written", done, read, written, disk)
+    yield _peak(case, "peak memory", done)
+    if not keep:
+        shutil.rmtree(out)
+
+
+def added_up(folder: Path, manifest: Manifest) -> tuple[int, dict[str, int]]:
+    """Bytes of the network's files, and of their parts. ValueError where the manifest's layers are not as they lie."""
+    with TensorFiles.open(folder / COMPONENT, WEIGHTS) as files:
+        found = dict.fromkeys(manifest.layers, 0)
+        kept, heads = 0, dict[Path, int]()
+        for key, stored in files.tensors.items():
+            heads[stored.file] = min(stored.offset, heads.get(stored.file, stored.offset))
+            layer = key.rpartition(".")[0]
+            if layer in found:
+                found[layer] += stored.bytes
+            else:
+                kept += stored.bytes
+        whole = sum(file.stat().st_size for file in files.files())
+    wrong = [name for name, layer in manifest.layers.items() if layer.bytes != found[name]]
+    parts = {"layers": manifest.layer_bytes()[0], "the rest": kept, "headers": sum(heads.values())}
+    if wrong or sum(parts.values()) != whole:
+        raise ValueError(f"{folder}: the manifest's bytes do not add up: {wrong[:5]}, {parts}, files of {whole} bytes")
+    return whole, parts
+
+
+def ran(*command: str) -> Ran:
+    """A process to its end. (Linux counts into its peak what this one held when it started it: little beside it.)"""
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, env=child.environment())
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise ValueError(f"{' '.join(command)} ended with {process.returncode}")
+    return Ran(time.perf_counter() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def tried(folder: Path) -> Disk:
+    """The rates at which a file is written, until it is on the disk, and read again."""
+    path = folder / ".disk-tried"
+    block = memoryview(bytearray(os.urandom(BLOCK)))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        begun = time.perf_counter()
+        with path.open("wb", buffering=0) as file:
+            for _ in range(TRIED // BLOCK):
+                file.write(block)
+            os.fsync(file.fileno())
+        written = time.perf_counter()
+        forget(path)
+        with path.open("rb", buffering=0) as file:
+            begun_again = time.perf_counter()
+            while file.readinto(block):
+                pass
+        read = time.perf_counter() - begun_again
+    finally:
+        path.unlink()
+    return Disk(TRIED / read, TRIED / (written - begun))
+
+
+def forget(path: Path) -> None:
+    """A file, or those of a folder, are read from the disk the next time. They have been written to it."""
+    for file in [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def _lowbit(*words: str) -> list[str]:
+    return child.command("service.cli", *words)
+
+
+def _rate(case: str, metric: str, done: Ran, read: int, written: int, disk: Disk) -> dict[str, Any]:
+    moved = (read + written) / 1e6
+    alone = moved / disk.seconds(read, written)
+    return report.row(
+        case, metric, moved / done.seconds, "MB/s", "higher", samples=1, baseline=("the disk alone", alone)
+    )
+
+
+def _time(case: str, done: Ran, baseline: tuple[str, float] | None = None) -> dict[str, Any]:
+    """With the seconds of cores that the process got: on a machine that others use too, it waited for them."""
+    cores = {"cpu_seconds": round(done.cpu_seconds, 1)}
+    return report.row(case, "time", done.seconds, "s", "lower", samples=1, baseline=baseline, error=cores)
+
+
+def _peak(case: str, metric: str, done: Ran, baseline: tuple[str, float] | None = None) -> dict[str, Any]:
+    return report.row(case, metric, done.peak / GIB, "GiB", "lower", samples=1, baseline=baseline)
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m service.bench", description="Large checkpoints in bounded memory.")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    kinds = parser.add_subparsers(dest="name", required=True)
+    asked = kinds.add_parser("quantize")
+    asked.add_argument("names", nargs="+", metavar="NAME", help="of `lowbit dev synth`")
+    asked.add_argument(
+        "--scratch", type=Path, required=True, help="a folder with room for a checkpoint and its artifact"
+    )
+    asked.add_argument("--method", default="quarot")
+    asked.add_argument("--bits", default="w4a8")
+    asked.add_argument("--keep", action="store_true", help="the artifacts")
+    chosen = parser.parse_args()
+    rows = quantize(chosen.names, chosen.scratch, chosen.method, chosen.bits, chosen.keep)
+    path = chosen.out / f"{chosen.name}-cpu.jsonl"
+    report.write(path, chosen.name, _told(rows), ["lowbit", "bench", *sys.argv[1:]], torch.device("cpu"))
+    print(path)
+
+
+def _told(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        print(f"{row['case']:44} {row['metric']:20} {row['value']:10.4g} {row['unit']}", row["baseline"], row["error"])
+        yield row
+
+
+if __name__ == "__main__":
+    main()
