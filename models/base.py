@@ -149,8 +149,12 @@ class Family(Protocol):
         """A checkpoint in full precision. Raises ValueError naming the file or key that does not fit."""
         ...
 
-    def open(self, folder: Path, manifest: Manifest, device: str) -> Model:
-        """An artifact whose files have been verified, ready to run: kernels chosen, projections fused."""
+    def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> Model:
+        """An artifact, ready to run: kernels chosen, projections fused.
+
+        All files have been verified, or, where it is to `check`, all but the weights in `component`: their hashes are
+        those of the reading that loads them. ValueError names the file or key that does not fit.
+        """
         ...
 
     def write(self, model: Model, source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pydantic
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -30,9 +31,11 @@ from models.run_record import Clock
 from quant_runtime import artifact, quality
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, describe_paths
+from quant_runtime.convert import prepare
 from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.linear import QuantLinear, fuse
 from quant_runtime.sparsity.base import TokenLayout
+from quant_runtime.tensor_files import TensorFiles, fill
 
 SERVING = "serving.json"  # beside model_index.json: what this checkpoint takes, where that is not its family's own
 PROMPTS = (  # where a checkpoint names none of its own
@@ -283,11 +286,21 @@ class PipelineFamily(ABC, Generic[M]):
             raise ValueError(f"{path} is not JSON: {error}") from None
         return isinstance(index, dict) and index.get("_class_name") == self.pipeline.__name__
 
-    def load(self, folder: Path, device: str, dtype: torch.dtype | dict[str, torch.dtype]) -> M:
+    def load(
+        self,
+        folder: Path,
+        device: str,
+        dtype: torch.dtype | dict[str, torch.dtype],
+        digests: Mapping[str, str] | None = None,
+    ) -> M:
+        """`digests` as in `network`. The transformer is loaded by us, first, and straight to the device."""
         for library in (diffusers, transformers):  # their bars would be drawn across ours, and into a worker's log
             library.utils.logging.disable_progress_bar()
+        self._must_be_whole(folder)
+        narrowest = dtype.get(self.component, dtype["default"]) if isinstance(dtype, dict) else dtype
+        network = self.network(folder, device, narrowest, digests)
         try:
-            pipe = self.pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            pipe = self.pipeline.from_pretrained(folder, transformer=network, dtype=dtype, local_files_only=True)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder} is not a whole {self.pipeline.__name__}: {error}") from error
         self.check(pipe, folder)
@@ -296,17 +309,52 @@ class PipelineFamily(ABC, Generic[M]):
             convolutions.by_onednn(pipe.vae)
         return self.model(pipe, self.serving.read(folder), device)
 
+    def _must_be_whole(self, folder: Path) -> None:
+        """A folder may hold its transformer alone: that can be compressed, layer by layer, and is no pipeline."""
+        index = json.loads((folder / "model_index.json").read_bytes())
+        parameters = inspect.signature(self.pipeline).parameters.values()
+        parts = [one.name for one in parameters if one.default is one.empty]
+        missing = [part for part in parts if not isinstance(index.get(part), list) or index[part][0] is None]
+        if missing:
+            raise ValueError(
+                f"{folder} is no whole {self.pipeline.__name__}: its model_index.json has no {', '.join(missing)}. "
+                "What is there can be compressed with --stream, and not run"
+            )
+
+    def network(
+        self, folder: Path, device: str, dtype: torch.dtype, digests: Mapping[str, str] | None = None
+    ) -> nn.Module:
+        """The transformer of a checkpoint or of an artifact, strictly, its floats as `dtype` but what it keeps wider.
+
+        Tensors are read one by one and go straight to the device: what the host holds beside them is one of them.
+        `digests` has the SHA-256 of its files, by name: a file that is another is refused by name.
+        """
+        network = self.skeleton(folder)
+        wide = set(self.transformer._keep_in_fp32_modules or ())
+
+        def place(key: str, tensor: Tensor) -> Tensor:
+            there = tensor.to(device)  # first: 16 bits go over quicker than 32
+            if not there.is_floating_point():
+                return there
+            return there.to(torch.float32 if wide & {*key.split(".")} else dtype)
+
+        with TensorFiles.open(folder / self.component, self.weights) as files:
+            fill(network, files, place, digests)
+        return network.to(device)  # what no file holds
+
     def check(self, pipe: Any, folder: Path) -> None:
         """Raises ValueError for a pipeline of this class that is of another kind than those that are run."""
 
-    def open(self, folder: Path, manifest: Manifest, device: str) -> M:
+    def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> M:
         """In bfloat16 where the device multiplies it itself, else in float32.
 
         On a CPU int8 layers come with float32 around them: there norms and roundings are faster so.
         """
         half = fast_float(device)
         around = torch.float32 if device == "cpu" and manifest.layers else half
-        model = self.load(folder, device, self.dtypes(around, half))
+        own = artifact.weights(manifest, self.component) if check else {}
+        digests = {Path(name).name: digest for name, digest in own.items()} if check else None
+        model = self.load(folder, device, self.dtypes(around, half), digests)
         model.fuse_projections()
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
@@ -332,12 +380,16 @@ class PipelineFamily(ABC, Generic[M]):
         network.save_config(target / self.component)
 
     def skeleton(self, folder: Path) -> nn.Module:
-        """A checkpoint's network on the meta device, by its config."""
+        """The network by its config, ready to be loaded into: on the meta device but for what no file holds."""
         path = folder / self.component / "config.json"
         try:
             config = self.transformer.load_config(path, local_files_only=True)
-            with torch.device("meta"):
-                network: nn.Module = self.transformer.from_config(config)
+            with init_empty_weights():
+                network: nn.Module = self.transformer.from_config(config).eval()
+            if config.get("quantization_config") is not None:
+                specs = quant_runtime.diffusers.LowbitConfig(**config["quantization_config"]).specs()
+                prepare(network, specs)
+                quant_runtime.diffusers.mark(network, specs)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path} describes no {self.transformer.__name__}: {error}") from error
         return network

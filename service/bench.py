@@ -1,6 +1,7 @@
 """python -m service.bench quantize NAME ...: checkpoints of full size, with random weights, become artifacts.
 
-One after the other `lowbit dev synth` makes it, `lowbit quantize --stream` compresses it, and it is removed. Rows as in
+One after the other `lowbit dev synth` makes it, `lowbit quantize --stream` compresses it, and it is removed. `python -m
+service.bench load ARTIFACT ...` opens the networks of artifacts, on a CPU, with and without their hashes. Rows as in
 quant_runtime/report.py. Each command is a process of its own: peak memory is its `ru_maxrss`, in which mapped pages
 count. The disk is tried alone in the same run, over 2 GiB, and files are dropped from the page cache before they are
 read; what a machine below keeps of them cannot be.
@@ -105,6 +106,35 @@ def added_up(folder: Path, manifest: Manifest) -> tuple[int, dict[str, int]]:
     return whole, parts
 
 
+def load(folders: list[Path]) -> Iterator[dict[str, Any]]:
+    for folder in folders:
+        size = added_up(folder, artifact.read_manifest(folder))[0]
+        disk = tried(folder.parent)
+        for how, *words in (("imports alone", "--imports"), ("hashes checked",), ("hashes not checked", "--no-verify")):
+            forget(folder)
+            done = ran(*child.command("service.bench", "open", str(folder), *words))
+            case = f"{folder.name}, {how}"
+            yield _peak(case, "peak memory", done, baseline=("the artifact", size / GIB))
+            yield _time(case, done, baseline=("the disk alone", disk.seconds(size, 0)))
+
+
+def opened(folder: Path, imports: bool, verify: bool) -> None:
+    """The network of an artifact, as a worker has it on a CPU: what one of `load`'s processes does."""
+    from models import registry
+    from quant_runtime.kernels._cpu import keep_freed_memory
+
+    keep_freed_memory()
+    manifest = artifact.read_manifest(folder)
+    family: Any = registry.family(manifest.family)
+    if imports:
+        return
+    own = artifact.weights(manifest, family.component)
+    if verify:
+        artifact.verify(folder, manifest, later=own)
+    digests = {Path(name).name: digest for name, digest in own.items()}
+    family.network(folder, "cpu", torch.float32, digests if verify else None)
+
+
 def ran(*command: str) -> Ran:
     """A process to its end. (Linux counts into its peak what this one held when it started it: little beside it.)"""
     begun = time.perf_counter()
@@ -174,18 +204,29 @@ def _peak(case: str, metric: str, done: Ran, baseline: tuple[str, float] | None 
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m service.bench", description="Large checkpoints in bounded memory.")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
     kinds = parser.add_subparsers(dest="name", required=True)
-    asked = kinds.add_parser("quantize")
-    asked.add_argument("names", nargs="+", metavar="NAME", help="of `lowbit dev synth`")
-    asked.add_argument(
-        "--scratch", type=Path, required=True, help="a folder with room for a checkpoint and its artifact"
-    )
-    asked.add_argument("--method", default="quarot")
-    asked.add_argument("--bits", default="w4a8")
-    asked.add_argument("--keep", action="store_true", help="the artifacts")
+    made = kinds.add_parser("quantize")
+    made.add_argument("names", nargs="+", metavar="NAME", help="of `lowbit dev synth`")
+    made.add_argument("--scratch", type=Path, required=True, help="has room for a checkpoint and its artifact")
+    made.add_argument("--method", default="quarot")
+    made.add_argument("--bits", default="w4a8")
+    made.add_argument("--keep", action="store_true", help="the artifacts")
+    held = kinds.add_parser("load")
+    held.add_argument("folders", nargs="+", type=Path, metavar="ARTIFACT")
+    for measured in (made, held):
+        measured.add_argument("--out", type=Path, default=Path("docs/results"))
+    one = kinds.add_parser("open", help="no measurement: what `load` measures")
+    one.add_argument("folder", type=Path, metavar="ARTIFACT")
+    one.add_argument("--imports", action="store_true", help="and nothing else")
+    one.add_argument("--no-verify", action="store_true")
     chosen = parser.parse_args()
-    rows = quantize(chosen.names, chosen.scratch, chosen.method, chosen.bits, chosen.keep)
+    if chosen.name == "open":
+        opened(chosen.folder, chosen.imports, not chosen.no_verify)
+        return
+    if chosen.name == "quantize":
+        rows = quantize(chosen.names, chosen.scratch, chosen.method, chosen.bits, chosen.keep)
+    else:
+        rows = load(chosen.folders)
     path = chosen.out / f"{chosen.name}-cpu.jsonl"
     report.write(path, chosen.name, _told(rows), ["lowbit", "bench", *sys.argv[1:]], torch.device("cpu"))
     print(path)

@@ -10,6 +10,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,14 @@ Artifacts = Annotated[
     list[Path] | None, _option("An artifact, or a folder of them; repeatable.", "LOWBIT_ARTIFACTS", "artifacts")
 ]
 Device = Annotated[str | None, _option("auto, cpu or cuda.", "LOWBIT_DEVICE", "auto")]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Whether an artifact's hashes are checked as it is loaded. [LOWBIT_VERIFY; checked]",
+        show_default=False,
+    ),
+]
 
 
 # Serving
@@ -52,11 +61,16 @@ Device = Annotated[str | None, _option("auto, cpu or cuda.", "LOWBIT_DEVICE", "a
 
 @app.command()
 def serve(
-    host: Host = None, port: Port = None, data: Data = None, artifacts: Artifacts = None, device: Device = None
+    host: Host = None,
+    port: Port = None,
+    data: Data = None,
+    artifacts: Artifacts = None,
+    device: Device = None,
+    verify: Verify = None,
 ) -> None:
     """API and one worker, with a private queue unless LOWBIT_REDIS_URL is set. A worker that dies is started again."""
     _needs_torch()
-    settings = _settings(host=host, port=port, data=data, artifacts=artifacts, device=device)
+    settings = _settings(host=host, port=port, data=data, artifacts=artifacts, device=device, verify=verify)
     from service import artifacts as found
     from service.api.main import serve as serve_api
     from service.queue.embedded import server_url
@@ -93,15 +107,16 @@ def worker(
     data: Data = None,
     artifacts: Artifacts = None,
     device: Device = None,
+    verify: Verify = None,
     with_parent: Annotated[bool, typer.Option(hidden=True, help="Drain when standard input ends.")] = False,
 ) -> None:
     """One worker: one model loaded at a time, on one device. SIGTERM lets it end its job first."""
     _needs_torch()
-    settings = _settings(data=data, artifacts=artifacts, device=device)
+    settings = _settings(data=data, artifacts=artifacts, device=device, verify=verify)
     from service.worker.main import work
 
     with _said_in_one_line():
-        work(settings, _load, with_parent)
+        work(settings, partial(_load, check=settings.verify), with_parent)
 
 
 # The offline stage
@@ -197,14 +212,14 @@ def bench(
         str,
         typer.Argument(
             help="linear, attention: one op. video, scene: a whole demo model. "
-            "quantize: checkpoints of full size in bounded memory."
+            "quantize, load: checkpoints of full size in bounded memory."
         ),
     ],
 ) -> None:
     """Time an op or a demo model beside its baselines, or a large checkpoint's way; rows go into docs/results."""
     programs = {"linear": "quant_runtime.bench", "attention": "quant_runtime.bench"}
     programs |= {kind: f"models.demo.{kind}.bench" for kind in ("video", "scene")}
-    programs |= {"quantize": "service.bench"}
+    programs |= dict.fromkeys(("quantize", "load"), "service.bench")
     if name not in programs:
         raise _refused(ValueError(f"no benchmark {name!r}: there are {', '.join(programs)}"))
     arguments = context.args if programs[name].startswith("models.demo") else [name, *context.args]
@@ -236,12 +251,12 @@ def _needs_torch() -> None:
         raise _refused(ImportError("no torch here; a worker needs pip install 'lowbit-serve[worker]'"))
 
 
-def _load(path: Path, device: str) -> Generator:
+def _load(path: Path, device: str, check: bool) -> Generator:
     from models.load import load
     from quant_runtime.kernels._cpu import keep_freed_memory
 
     keep_freed_memory()
-    return load(path, device)
+    return load(path, device, check)
 
 
 def _settings(**given: Any) -> Settings:

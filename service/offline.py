@@ -114,6 +114,7 @@ def quantize(source: str, made: Recipe, out: Path, device: str, replace: bool, c
 
 def stream(source: str, made: Recipe, out: Path, device: str, replace: bool, console: Console) -> Manifest:
     """The same layer by layer, with a bar of the checkpoint's bytes. What a recipe says of samples is not looked at."""
+    keep_freed_memory()
     folder = registry.checkpoint(source)
     family = registry.family_of(folder)
     if not isinstance(family, Streamed):
