@@ -54,35 +54,47 @@ class Disk:
         return read / self.reads + written / self.writes
 
 
-def quantize(names: list[str], scratch: Path, method: str, bits: str, keep: bool) -> Iterator[dict[str, Any]]:
-    disk = tried(scratch)
+@dataclass(frozen=True)
+class Asked:
+    """How checkpoints are made and compressed."""
+
+    scratch: Path  # a folder
+    method: str
+    bits: str
+    dtype: str | None  # of the checkpoint; None is as published
+    keep: bool  # the artifacts
+
+
+def quantize(names: list[str], asked: Asked) -> Iterator[dict[str, Any]]:
+    disk = tried(asked.scratch)
     yield report.row("the disk alone", "read", disk.reads / 1e6, "MB/s", "higher", samples=1)
     yield report.row("the disk alone", "written", disk.writes / 1e6, "MB/s", "higher", samples=1)
     for name in names:
-        yield from _quantized(name, scratch, method, bits, disk, keep)
+        yield from _quantized(name, asked, disk)
 
 
-def _quantized(name: str, scratch: Path, method: str, bits: str, disk: Disk, keep: bool) -> Iterator[dict[str, Any]]:
-    source, out = scratch / name, scratch / f"{name}-{method}-{bits}"
-    made = ran(*_lowbit("dev", "synth", name, str(source)))
+def _quantized(name: str, asked: Asked, disk: Disk) -> Iterator[dict[str, Any]]:
+    source, out = asked.scratch / name, asked.scratch / f"{name}-{asked.method}-{asked.bits}"
+    typed = ("--dtype", asked.dtype) if asked.dtype else ()
+    made = ran(*_lowbit("dev", "synth", name, str(source), *typed))
     with TensorFiles.open(source / COMPONENT, WEIGHTS) as files:
         half = sum(2 * math.prod(stored.shape) for stored in files.tensors.values())
         read = sum(file.stat().st_size for file in files.files())
     yield _rate(name, "checkpoint made", made, 0, read, disk)
     yield _peak(name, "checkpoint made", made)
     forget(source)
-    options = ("--method", method, "--bits", bits, "--stream", "--out", str(out))
+    options = ("--method", asked.method, "--bits", asked.bits, "--stream", "--out", str(out))
     done = ran(*_lowbit("quantize", str(source), *options))
     shutil.rmtree(source)
     written, parts = added_up(out, artifact.read_manifest(out))
-    case = f"{name} {method} {bits}"
+    case = f"{name} {asked.method} {asked.bits}"
     yield report.row(
         case, "transformer", written / GIB, "GiB", "lower", samples=1, baseline=("16 bits", half / GIB), error=parts
     )
     yield _time(case, done)
     yield _rate(case, "read and written", done, read, written, disk)
     yield _peak(case, "peak memory", done)
-    if not keep:
+    if not asked.keep:
         shutil.rmtree(out)
 
 
@@ -210,6 +222,7 @@ def main() -> None:
     made.add_argument("--scratch", type=Path, required=True, help="has room for a checkpoint and its artifact")
     made.add_argument("--method", default="quarot")
     made.add_argument("--bits", default="w4a8")
+    made.add_argument("--dtype", help="of the checkpoint; as published where it is left out")
     made.add_argument("--keep", action="store_true", help="the artifacts")
     held = kinds.add_parser("load")
     held.add_argument("folders", nargs="+", type=Path, metavar="ARTIFACT")
@@ -224,7 +237,8 @@ def main() -> None:
         opened(chosen.folder, chosen.imports, not chosen.no_verify)
         return
     if chosen.name == "quantize":
-        rows = quantize(chosen.names, chosen.scratch, chosen.method, chosen.bits, chosen.keep)
+        asked = Asked(chosen.scratch, chosen.method, chosen.bits, chosen.dtype, chosen.keep)
+        rows = quantize(chosen.names, asked)
     else:
         rows = load(chosen.folders)
     path = chosen.out / f"{chosen.name}-cpu.jsonl"
