@@ -48,7 +48,7 @@ class Streamed(Protocol):
     stored: torch.dtype  # of floats in an artifact
 
     def skeleton(self, folder: Path) -> nn.Module:
-        """The checkpoint's network on the meta device, by its config."""
+        """The network by its config, on the meta device but for what no file holds."""
         ...
 
     def linears(self, network: nn.Module) -> list[str]:

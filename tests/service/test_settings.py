@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings, from_environment
+from service.settings import Settings, from_environment, to_environment
 
 
 def test_everything_has_a_default_that_stays_on_this_machine(monkeypatch, tmp_path):
@@ -25,6 +25,13 @@ def test_the_environment_sets_them(monkeypatch):
     assert settings.redis_url == "redis://there:6379"
     assert settings.artifacts == (Path("/a"), Path("/b"))
     assert settings.lease_seconds == 2
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_worker_is_handed_them_whole(verify):
+    settings = Settings(verify=verify, artifacts=(Path("/a"), Path("/b")), lease_seconds=40)
+    values = {name.removeprefix("LOWBIT_").lower(): value for name, value in to_environment(settings).items()}
+    assert Settings(**values) == settings
 
 
 def test_a_misspelled_setting_stops_the_start():
