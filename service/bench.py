@@ -118,33 +118,44 @@ def added_up(folder: Path, manifest: Manifest) -> tuple[int, dict[str, int]]:
     return whole, parts
 
 
+WAYS = {
+    "imports": "imports alone",
+    "checked": "hashes checked",
+    "unchecked": "hashes not checked",
+    "stock": "diffusers, no hashes",
+}
+
+
 def load(folders: list[Path]) -> Iterator[dict[str, Any]]:
     for folder in folders:
         size = added_up(folder, artifact.read_manifest(folder))[0]
         disk = tried(folder.parent)
-        for how, *words in (("imports alone", "--imports"), ("hashes checked",), ("hashes not checked", "--no-verify")):
+        for way, how in WAYS.items():
             forget(folder)
-            done = ran(*child.command("service.bench", "open", str(folder), *words))
+            done = ran(*child.command("service.bench", "open", str(folder), way))
             case = f"{folder.name}, {how}"
             yield _peak(case, "peak memory", done, baseline=("the artifact", size / GIB))
             yield _time(case, done, baseline=("the disk alone", disk.seconds(size, 0)))
 
 
-def opened(folder: Path, imports: bool, verify: bool) -> None:
-    """The network of an artifact, as a worker has it on a CPU: what one of `load`'s processes does."""
+def opened(folder: Path, way: str) -> None:
+    """The network of an artifact, as a worker has it on a CPU, or by diffusers alone: what `load`'s processes do."""
     from models import registry
     from quant_runtime.kernels._cpu import keep_freed_memory
 
     keep_freed_memory()
     manifest = artifact.read_manifest(folder)
     family: Any = registry.family(manifest.family)
-    if imports:
+    if way == "imports":
+        return
+    if way == "stock":
+        family.transformer.from_pretrained(folder, subfolder=family.component, dtype=torch.float32)
         return
     own = artifact.weights(manifest, family.component)
-    if verify:
+    if way == "checked":
         artifact.verify(folder, manifest, later=own)
     digests = {Path(name).name: digest for name, digest in own.items()}
-    family.network(folder, "cpu", torch.float32, digests if verify else None)
+    family.network(folder, "cpu", torch.float32, digests if way == "checked" else None)
 
 
 def ran(*command: str) -> Ran:
@@ -230,11 +241,10 @@ def main() -> None:
         measured.add_argument("--out", type=Path, default=Path("docs/results"))
     one = kinds.add_parser("open", help="no measurement: what `load` measures")
     one.add_argument("folder", type=Path, metavar="ARTIFACT")
-    one.add_argument("--imports", action="store_true", help="and nothing else")
-    one.add_argument("--no-verify", action="store_true")
+    one.add_argument("way", choices=WAYS)
     chosen = parser.parse_args()
     if chosen.name == "open":
-        opened(chosen.folder, chosen.imports, not chosen.no_verify)
+        opened(chosen.folder, chosen.way)
         return
     if chosen.name == "quantize":
         asked = Asked(chosen.scratch, chosen.method, chosen.bits, chosen.dtype, chosen.keep)
