@@ -122,7 +122,7 @@ WAYS = {
     "imports": "imports alone",
     "checked": "hashes checked",
     "unchecked": "hashes not checked",
-    "stock": "diffusers, no hashes",
+    "widened": "hashes checked, floats to float32",  # as a worker on a CPU has them
 }
 
 
@@ -139,7 +139,7 @@ def load(folders: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def opened(folder: Path, way: str) -> None:
-    """The network of an artifact, as a worker has it on a CPU, or by diffusers alone: what `load`'s processes do."""
+    """The network of an artifact on the CPU, in its own 16 bits or in float32: what one of `load`'s processes does."""
     from models import registry
     from quant_runtime.kernels._cpu import keep_freed_memory
 
@@ -148,14 +148,13 @@ def opened(folder: Path, way: str) -> None:
     family: Any = registry.family(manifest.family)
     if way == "imports":
         return
-    if way == "stock":
-        family.transformer.from_pretrained(folder, subfolder=family.component, dtype=torch.float32)
-        return
     own = artifact.weights(manifest, family.component)
-    if way == "checked":
+    check = way != "unchecked"
+    if check:
         artifact.verify(folder, manifest, later=own)
     digests = {Path(name).name: digest for name, digest in own.items()}
-    family.network(folder, "cpu", torch.float32, digests if way == "checked" else None)
+    dtype = torch.float32 if way == "widened" else family.stored
+    family.network(folder, "cpu", dtype, digests if check else None)
 
 
 def ran(*command: str) -> Ran:
