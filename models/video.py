@@ -326,17 +326,16 @@ class PipelineFamily(ABC, Generic[M]):
     ) -> nn.Module:
         """The transformer of a checkpoint or of an artifact, strictly, its floats as `dtype` but what it keeps wider.
 
-        Tensors are read one by one and go straight to the device: what the host holds beside them is one of them.
+        Tensors are read one by one and go straight to the device: beside them, the host holds one.
         `digests` has the SHA-256 of its files, by name: a file that is another is refused by name.
         """
         network = self.skeleton(folder)
         wide = set(self.transformer._keep_in_fp32_modules or ())
 
         def place(key: str, tensor: Tensor) -> Tensor:
-            there = tensor.to(device)  # first: 16 bits go over quicker than 32
-            if not there.is_floating_point():
-                return there
-            return there.to(torch.float32 if wide & {*key.split(".")} else dtype)
+            if not tensor.is_floating_point():
+                return tensor.to(device, copy=True)
+            return tensor.to(device, torch.float32 if wide & {*key.split(".")} else dtype, copy=True)
 
         with TensorFiles.open(folder / self.component, self.weights) as files:
             fill(network, files, place, digests)

@@ -349,7 +349,7 @@ def load_into(
     digests = {PurePosixPath(name).name: digest for name, digest in own.items()} if check else None
     try:
         with TensorFiles.among(folder / name for name in own) as files:
-            fill(model, files, lambda _, tensor: tensor.to(device), digests)
+            fill(model, files, lambda _, tensor: tensor.to(device, copy=True), digests)
     except ValueError as error:
         raise ArtifactError(f"{folder}: {error}") from None
     return manifest

@@ -146,24 +146,27 @@ class TensorFiles:
 
     def read(self, key: str) -> Tensor:
         """The tensor, in memory of its own."""
-        stored = self.tensors[key]
-        return self._bytes(stored.file, stored.offset, stored.bytes).view(stored.dtype).view(stored.shape)
+        return self._read(self.tensors[key], torch.empty(self.tensors[key].bytes, dtype=torch.uint8))
 
     def stream(self, digests: Mapping[str, str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, as `read`, file by file and in the order in which they lie there.
+        """Every tensor, file by file and in the order in which they lie there, each in the place of the one before.
 
+        What is kept of it is a copy: memory of its own for each would come back in pieces between those that stay.
         `digests` has each file's SHA-256, by its name. They are of the same reading: ValueError by name behind the last
         tensor of a file that is not the one that was meant. What came of it before is to be thrown away.
         """
+        buffer = torch.empty(max((stored.bytes for stored in self.tensors.values()), default=0), dtype=torch.uint8)
         for file in self.files():
             held = sorted((key for key, its in self.tensors.items() if its.file == file), key=self._offset)
             digest = hashlib.sha256()
             if digests is not None:
-                digest.update(self._bytes(file, 0, self._offset(held[0])).numpy().data)
+                digest.update(self._bytes(file, 0, torch.empty(self._offset(held[0]), dtype=torch.uint8)))
             for key in held:
-                tensor = self.read(key)
+                stored = self.tensors[key]
+                raw = buffer[: stored.bytes]
+                tensor = self._read(stored, raw)
                 if digests is not None:
-                    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+                    digest.update(raw.numpy().data)
                 yield key, tensor
             if digests is not None and digest.hexdigest() != digests[file.name]:
                 raise ValueError(f"{file} is damaged: it is not the file that was saved")
@@ -187,17 +190,21 @@ class TensorFiles:
     def _offset(self, key: str) -> int:
         return self.tensors[key].offset
 
-    def _bytes(self, file: Path, offset: int, count: int) -> Tensor:
+    def _read(self, stored: Stored, raw: Tensor) -> Tensor:
+        self._bytes(stored.file, stored.offset, raw)
+        return raw.view(stored.dtype).view(stored.shape)
+
+    def _bytes(self, file: Path, offset: int, raw: Tensor) -> memoryview:
+        """Fills uint8 `raw` from there on."""
         if file not in self._open:
             self._open[file] = os.open(file, os.O_RDONLY)
-        raw = torch.empty(count, dtype=torch.uint8)
         view, done = raw.numpy().data, 0
-        while done < count:
+        while done < len(view):
             got = os.preadv(self._open[file], [view[done:]], offset + done)
             if not got:
-                raise ValueError(f"{file} ends before byte {offset + count}: it was cut off while it was read")
+                raise ValueError(f"{file} ends before byte {offset + len(view)}: it was cut off while it was read")
             done += got
-        return raw
+        return view
 
 
 def fill(
@@ -208,8 +215,8 @@ def fill(
 ) -> None:
     """Every tensor of the network, which may be on the meta device, becomes that of the files, strictly.
 
-    `place` is given its name and the tensor as it was read, and returns it on its device and as the float that it is to
-    be: one tensor at a time is in memory beside what that keeps. `digests` as in `TensorFiles.stream`.
+    `place` is given its name and the tensor as `TensorFiles.stream` has it, and returns a copy on the device and as the
+    float that it is to be: beside these, the host holds one tensor. `digests` as there.
     """
     files.check(network.state_dict())
     state = {key: place(key, tensor) for key, tensor in files.stream(digests)}

@@ -83,7 +83,9 @@ def test_hashes_can_be_left_out_and_names_cannot(copy):
 PROGRAM = """
     import json, sys
     from pathlib import Path
-    from models import load
+    import torch
+    from models import load, registry
+    from quant_runtime import artifact
 
     def held(what):  # not ru_maxrss: it begins with what the parent held
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -92,13 +94,29 @@ PROGRAM = """
     folder = Path(sys.argv[1])
     load.load(folder.parent / "small", "cpu")  # all that is imported when it is first needed
     before = held("VmRSS:")
-    model = load.load(folder, "cpu")
+    if sys.argv[2] == "cpu":
+        model = load.load(folder, "cpu")
+    else:
+        manifest = artifact.read_manifest(folder)
+        digests = {Path(name).name: digest for name, digest in artifact.weights(manifest, "transformer").items()}
+        network = registry.family("wan").network(folder, sys.argv[2], torch.bfloat16, digests)
+        assert {its.device.type for its in network.state_dict().values()} == {sys.argv[2]}
     print(json.dumps([before, held("VmHWM:")]))
 """
 
 
+def peak_of(folder, device):
+    """(memory before, the most while it was loaded), in bytes, of a process that loads it."""
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder), device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def test_the_peak_of_loading_is_the_artifact_and_little_more(small, tmp_path):
-    """Some 160 MiB: held twice, or mapped beside what was read of it, it would be far over."""
+    """Some 160 MiB: held twice, or mapped beside what was read of it, it would be far over.
+
+    The meta device stands for one with memory of its own: the host holds a tensor at a time.
+    """
     shutil.copytree(small, tmp_path / "small")
     shutil.copytree(small, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("manifest.json", "transformer"))
     config = {"num_attention_heads": 8, "attention_head_dim": 128, "num_layers": 6, "ffn_dim": 8192, "text_dim": 64}
@@ -109,10 +127,8 @@ def test_the_peak_of_loading_is_the_artifact_and_little_more(small, tmp_path):
     shutil.rmtree(tmp_path / "checkpoint")
     size = sum(record.bytes for record in manifest.files.values())
     assert size > 1.5 * BESIDE
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path / "large")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    before, peak = json.loads(done.stdout.splitlines()[-1])
+    before, peak = peak_of(tmp_path / "large", "cpu")
     assert before + size < peak < before + size + BESIDE
     assert peak < size + ALLOWED
+    before, peak = peak_of(tmp_path / "large", "meta")
+    assert peak < before + size / 2
