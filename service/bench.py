@@ -81,7 +81,7 @@ def _quantized(name: str, asked: Asked, disk: Disk) -> Iterator[dict[str, Any]]:
         half = sum(2 * math.prod(stored.shape) for stored in files.tensors.values())
         read = sum(file.stat().st_size for file in files.files())
     yield _rate(name, "checkpoint made", made, 0, read, disk)
-    yield _peak(name, "checkpoint made", made)
+    yield _peak(name, "checkpoint made, peak memory", made)
     forget(source)
     options = ("--method", asked.method, "--bits", asked.bits, "--stream", "--out", str(out))
     done = ran(*_lowbit("quantize", str(source), *options))
@@ -134,8 +134,9 @@ def load(folders: list[Path]) -> Iterator[dict[str, Any]]:
             forget(folder)
             done = ran(*child.command("service.bench", "open", str(folder), way))
             case = f"{folder.name}, {how}"
-            yield _peak(case, "peak memory", done, baseline=("the artifact", size / GIB))
-            yield _time(case, done, baseline=("the disk alone", disk.seconds(size, 0)))
+            loads = way != "imports"
+            yield _peak(case, "peak memory", done, ("the artifact", size / GIB) if loads else None)
+            yield _time(case, done, ("the disk alone", disk.seconds(size, 0)) if loads else None)
 
 
 def opened(folder: Path, way: str) -> None:
