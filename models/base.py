@@ -48,6 +48,7 @@ class VideoLimits:
     fps: int = 16
     steps: int = 20
     guidance: float = 5.0
+    image: Literal["none", "optional", "required"] = "none"  # a picture to start from: never, if given, always
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class VideoInputs:
     guidance: float
     seed: int
     negative_prompt: str = ""
+    image: Path | None = None  # the picture to start from, upright; decoded and checked by the caller; any size
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,10 @@ class Family(Protocol):
     kind: Kind
     component: str  # the folder inside a checkpoint that holds the network's weights; "" is the checkpoint itself
 
+    def components(self, folder: Path) -> tuple[str, ...]:
+        """That folder, or those of a checkpoint with networks that take turns. Reads configs alone."""
+        ...
+
     def recognizes(self, folder: Path) -> bool:
         """Is this folder a checkpoint of mine? Reads configs alone."""
         ...
@@ -152,7 +158,7 @@ class Family(Protocol):
     def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> Model:
         """An artifact, ready to run: kernels chosen, projections fused.
 
-        All files have been verified, or, where it is to `check`, all but the weights in `component`: their hashes are
+        All files have been verified, or, where it is to `check`, all but the weights in `components`: their hashes are
         those of the reading that loads them. ValueError names the file or key that does not fit.
         """
         ...

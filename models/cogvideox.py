@@ -24,7 +24,7 @@ from transformers import T5Config, T5EncoderModel
 from models import video
 from models.base import VideoInputs, VideoLimits
 from models.video import PROMPTS, PipelineFamily, VideoModel, rotated, write_serving
-from quant_runtime.attention import attend
+from quant_runtime.attention import AttentionState, attend
 from quant_runtime.sparsity.base import TokenLayout
 
 
@@ -41,8 +41,8 @@ class Serving(video.Serving):
 class JointAttention:
     """diffusers' processor of `attn1`, with our attention. Dense and unquantized it computes what theirs does."""
 
-    def __init__(self, layer: int, model: CogVideoXModel) -> None:
-        self.layer, self.model = layer, model
+    def __init__(self, layer: int, model: CogVideoXModel, state: AttentionState) -> None:
+        self.layer, self.model, self.state = layer, model, state
 
     def __call__(
         self,
@@ -58,7 +58,7 @@ class JointAttention:
         q, k = attn.norm_q(q), attn.norm_k(k)
         if image_rotary_emb is not None:  # 2B adds its places to the tokens, 5B turns queries and keys by them
             q, k = (torch.cat([x[:, :, :text], rotated(x[:, :, text:], *image_rotary_emb)], dim=2) for x in (q, k))
-        out = attend(q, k, v, layer=self.layer, layout=self.model.layout, state=self.model.attention)
+        out = attend(q, k, v, layer=self.layer, layout=self.model.layout, state=self.state)
         read, seen = attn.to_out[0](out.transpose(1, 2).flatten(2)).tensor_split([text], dim=1)
         return seen, read
 
@@ -66,8 +66,8 @@ class JointAttention:
 class CogVideoXModel(VideoModel):
     processor = JointAttention
 
-    def attentions(self) -> Mapping[str, Any]:
-        return {f"transformer_blocks.{i}.attn1": block.attn1 for i, block in enumerate(self.network.transformer_blocks)}
+    def attentions(self, network: Any) -> Mapping[str, Any]:
+        return {f"transformer_blocks.{i}.attn1": block.attn1 for i, block in enumerate(network.transformer_blocks)}
 
     def enter(self, given: dict[str, Any]) -> dict[str, Any]:
         """All text takes part, padding too: the network was trained so."""
@@ -95,14 +95,17 @@ class CogVideoX(PipelineFamily[CogVideoXModel]):
     """diffusers' CogVideoXPipeline folders."""
 
     name = "cogvideox"
-    pipeline = CogVideoXPipeline
+    pipelines = (CogVideoXPipeline,)
     transformer = CogVideoXTransformer3DModel
     model = CogVideoXModel
     serving = Serving
 
-    def check(self, pipe: Any, folder: Path) -> None:
-        if pipe.transformer.config.patch_size_t is not None:
+    def check(self, folder: Path) -> None:
+        super().check(folder)
+        if self.config(folder, self.component).get("patch_size_t") is not None:
             raise ValueError(f"{folder} joins frames in patches, as CogVideoX 1.5 does: 2B and 5B are run, 1.5 not yet")
+
+    def settle(self, pipe: Any) -> None:
         pipe.vae.enable_tiling()  # decoded at once, a film of the default size takes more memory than it was made in
 
     def dtypes(self, around: torch.dtype, half: torch.dtype) -> dict[str, torch.dtype]:

@@ -23,8 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
 from models import video
 from models.base import BadInput, VideoInputs, VideoLimits
+from models.hunyuan_video_blocks import pack_blocks
 from models.video import PROMPTS, PipelineFamily, VideoModel, rotated, write_serving
-from quant_runtime.attention import attend
+from quant_runtime.attention import AttentionState, attend
 from quant_runtime.sparsity.base import TokenLayout
 
 
@@ -44,8 +45,8 @@ class JointAttention:
     The mask is not needed: HunyuanVideoModel.enter has cut off what it would hide.
     """
 
-    def __init__(self, layer: int, model: HunyuanVideoModel) -> None:
-        self.layer, self.model = layer, model
+    def __init__(self, layer: int, model: HunyuanVideoModel, state: AttentionState) -> None:
+        self.layer, self.model, self.state = layer, model, state
 
     def __call__(
         self,
@@ -66,7 +67,7 @@ class JointAttention:
         assert image_rotary_emb is not None
         q, k = (rotated(x, *image_rotary_emb) for x in parts[:2])
         q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, parts[2]), words, strict=True))
-        out = attend(q, k, v, layer=self.layer, layout=self.model.layout, state=self.model.attention)
+        out = attend(q, k, v, layer=self.layer, layout=self.model.layout, state=self.state)
         seen, read = out.transpose(1, 2).flatten(2).tensor_split([-text], dim=1)
         if attn.added_kv_proj_dim is None:
             return seen, read  # the block has one projection for these and for its MLP
@@ -86,10 +87,14 @@ class HunyuanVideoModel(VideoModel):
     }
     processor = JointAttention
 
-    def attentions(self) -> Mapping[str, Any]:
+    def attentions(self, network: Any) -> Mapping[str, Any]:
         stacks = ("transformer_blocks", "single_transformer_blocks")
-        blocks = {f"{stack}.{i}": block for stack in stacks for i, block in enumerate(getattr(self.network, stack))}
+        blocks = {f"{stack}.{i}": block for stack in stacks for i, block in enumerate(getattr(network, stack))}
         return {f"{name}.attn": block.attn for name, block in blocks.items()}
+
+    def fuse_projections(self) -> None:
+        super().fuse_projections()
+        pack_blocks(self.network)
 
     def enter(self, given: dict[str, Any]) -> dict[str, Any]:
         """Text that is only padding is cut off, as the mask would hide it from all that is kept: nothing else changes.
@@ -135,14 +140,17 @@ class HunyuanVideo(PipelineFamily[HunyuanVideoModel]):
     """diffusers' HunyuanVideoPipeline folders."""
 
     name = "hunyuan_video"
-    pipeline = HunyuanVideoPipeline
+    pipelines = (HunyuanVideoPipeline,)
     transformer = HunyuanVideoTransformer3DModel
     model = HunyuanVideoModel
     serving = Serving
 
-    def check(self, pipe: Any, folder: Path) -> None:
-        if pipe.transformer.config.image_condition_type is not None:
-            raise ValueError(f"{folder} takes a start image: only text to video is run yet")
+    def check(self, folder: Path) -> None:
+        super().check(folder)
+        if self.config(folder, self.component).get("image_condition_type") is not None:
+            raise ValueError(f"{folder} takes a start image: of HunyuanVideo only text to video is run yet")
+
+    def settle(self, pipe: Any) -> None:
         pipe.vae.enable_tiling()  # a film of 720p takes more memory at once than a GPU has
 
     def tiny(self, folder: Path) -> None:

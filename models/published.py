@@ -1,9 +1,12 @@
-"""The networks of published checkpoints at their true sizes: what their config.json says, and how large they are."""
+"""The networks of published checkpoints at their true sizes: what their config.json says, and how large they are.
+
+Wan's are those of diffusers' scripts/convert_wan_to_diffusers.py, which wrote the hub's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -12,13 +15,18 @@ import torch
 
 @dataclass(frozen=True)
 class Published:
-    """`parameters` are those of the transformer, in billions. (No paper counts those of CogVideoX-2B: counted here.)"""
+    """`parameters` are those of the transformer, of each where there are two, in billions.
+
+    (No paper counts those of CogVideoX-2B, nor of Wan but 2.1's two from text: counted here.)
+    """
 
     family: str
     pipeline: str  # the class in diffusers that its folder is of
     network: str  # and that of its transformer
     config: Mapping[str, Any]  # where it is not the class' default
     parameters: float
+    networks: int = 1  # of this config: two experts take turns in Wan 2.2 A14B
+    index: Mapping[str, Any] = field(default_factory=dict)  # what its model_index.json says beside its parts' classes
     dtype: torch.dtype = torch.bfloat16  # of its files
     shard_bytes: int = 5_000_000_000  # no file of it is larger
 
@@ -43,6 +51,52 @@ PUBLISHED = {
         "WanTransformer3DModel",
         {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
         14.2885,
+        dtype=torch.float32,
+    ),
+    "wan-2.1-i2v-14b": Published(  # 480P and 720P
+        "wan",
+        "WanImageToVideoPipeline",
+        "WanTransformer3DModel",
+        {
+            "num_attention_heads": 40,
+            "num_layers": 40,
+            "ffn_dim": 13824,
+            "in_channels": 36,
+            "out_channels": 16,
+            "image_dim": 1280,
+            "added_kv_proj_dim": 5120,
+        },
+        16.3949,
+        index={"image_encoder": ["transformers", "CLIPVisionModel"]},
+        dtype=torch.float32,
+    ),
+    "wan-2.2-t2v-a14b": Published(
+        "wan",
+        "WanPipeline",
+        "WanTransformer3DModel",
+        {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+        14.2885,
+        networks=2,
+        index={"boundary_ratio": 0.875},
+        dtype=torch.float32,
+    ),
+    "wan-2.2-i2v-a14b": Published(
+        "wan",
+        "WanImageToVideoPipeline",
+        "WanTransformer3DModel",
+        {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, "in_channels": 36, "out_channels": 16},
+        14.2889,
+        networks=2,
+        index={"boundary_ratio": 0.9},
+        dtype=torch.float32,
+    ),
+    "wan-2.2-ti2v-5b": Published(
+        "wan",
+        "WanPipeline",
+        "WanTransformer3DModel",
+        {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
+        4.9998,
+        index={"expand_timesteps": True},
         dtype=torch.float32,
     ),
     "hunyuan-video": Published("hunyuan_video", "HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", {}, 12.8210),

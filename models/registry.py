@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -45,6 +46,11 @@ def family_of(folder: Path) -> Family:
         found = family(name)
         if found.recognizes(folder):
             return found
-    raise ValueError(
-        f"{folder} is no checkpoint of {' or '.join(FAMILIES)}: found {sorted(p.name for p in folder.iterdir())[:8]}"
-    )
+    raise ValueError(f"{folder} is no checkpoint of {' or '.join(FAMILIES)}: {_found(folder)}")
+
+
+def _found(folder: Path) -> str:
+    try:
+        return f"its model_index.json names a {json.loads((folder / 'model_index.json').read_bytes())['_class_name']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"found {sorted(path.name for path in folder.iterdir())[:8]}"

@@ -34,6 +34,8 @@ def write(
     asked = asdict(inputs)
     if isinstance(inputs, SceneInputs):
         asked["images"] = [path.name for path in inputs.images]
+    elif inputs.image is not None:
+        asked["image"] = inputs.image.name
     record = {
         "inputs": asked,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},

@@ -11,12 +11,13 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Protocol, runtime_checkable
+from typing import IO, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -43,12 +44,20 @@ class Streamed(Protocol):
 
     name: str
     kind: Kind
-    component: str  # the folder inside a checkpoint that holds the network
     weights: str  # the name of its safetensors files, without what tells shards apart
     stored: torch.dtype  # of floats in an artifact
 
+    @property
+    def ignored(self) -> Sequence[str]:
+        """Patterns of tensors that some checkpoints hold and the network never had."""
+        ...
+
     def skeleton(self, folder: Path) -> nn.Module:
-        """The network by its config, on the meta device but for what no file holds."""
+        """The network by its config, on the meta device, or an nn.ModuleDict of those that take turns."""
+        ...
+
+    def parts(self, network: nn.Module) -> Mapping[str, nn.Module]:
+        """The one, or those, by the folders inside a checkpoint that hold them."""
         ...
 
     def linears(self, network: nn.Module) -> list[str]:
@@ -100,7 +109,7 @@ def compress(
     artifact.check_free(out, replace)
     network = family.skeleton(source)
     names = family.linears(network) if format_.quantized else []
-    with TensorFiles.open(source / family.component, family.weights) as files:
+    with _files(source, family, network) as files:
         try:
             files.check(network.state_dict())
         except ValueError as error:
@@ -112,8 +121,8 @@ def compress(
         partial = out.parent / f".{out.name}.partial"
         with _journal(partial.with_name(f"{partial.name}.jsonl"), work.fingerprint(base)) as journal:
             try:
-                records = work.run(network, partial / family.component, journal)
-                _clear_around(partial, family.component)
+                records = work.run(network, partial, journal)
+                _clear_around(partial, family.parts(network))
                 family.write_around(network, source, partial)
                 manifest = Manifest(
                     family=family.name,
@@ -150,12 +159,11 @@ class _Work:
         facts = (__version__, self.family.name, base, repr(self.method), str(self.format), artifact.SHARD_BYTES, seen)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def run(self, network: nn.Module, folder: Path, journal: _Journal) -> dict[str, LayerRecord]:
-        """The weights into `folder`; `network` has its empty QuantLinears. What became of the layers, in order."""
+    def run(self, network: nn.Module, partial: Path, journal: _Journal) -> dict[str, LayerRecord]:
+        """The weights into `partial`; `network` has its empty QuantLinears. What became of the layers, in order."""
         blanks = {key: Blank(self._kept(its), tuple(its.shape)) for key, its in network.state_dict().items()}
-        folder.mkdir(parents=True, exist_ok=True)
         total, read, unsynced = sum(stored.bytes for stored in self.files.tensors.values()), 0, 0
-        with TensorWriter(folder, self.family.weights, blanks, artifact.SHARD_BYTES) as writer:
+        with _Writers(partial, self.family, network, blanks) as writer:
             if not writer.resumed:
                 journal.forget()
             for unit, keys in self._units().items():
@@ -212,10 +220,57 @@ class _Work:
         return kept
 
 
-def _clear_around(partial: Path, component: str) -> None:
+def _prefixes(family: Streamed, network: nn.Module) -> dict[str, str]:
+    """By folder, what the names of its tensors begin with in `network`."""
+    parts = family.parts(network)
+    return {folder: f"{folder}." if len(parts) > 1 else "" for folder in parts}
+
+
+def _files(source: Path, family: Streamed, network: nn.Module) -> TensorFiles:
+    """The tensors of all networks, named as in `network`."""
+    return TensorFiles(
+        {
+            f"{prefix}{key}": stored
+            for folder, prefix in _prefixes(family, network).items()
+            for key, stored in TensorFiles.open(source / folder, family.weights).tensors.items()
+            if not any(re.search(pattern, key) for pattern in family.ignored)
+        }
+    )
+
+
+class _Writers:
+    """A TensorWriter for each network, in its folder; tensors are named as in `network`."""
+
+    def __init__(self, partial: Path, family: Streamed, network: nn.Module, blanks: Mapping[str, Blank]) -> None:
+        self._writers: dict[str, TensorWriter] = {}
+        with ExitStack() as stack:
+            for folder, prefix in _prefixes(family, network).items():
+                own = {key.removeprefix(prefix): blank for key, blank in blanks.items() if key.startswith(prefix)}
+                (partial / folder).mkdir(parents=True, exist_ok=True)
+                writer = TensorWriter(partial / folder, family.weights, own, artifact.SHARD_BYTES)
+                self._writers[prefix] = stack.enter_context(writer)
+            self._stack = stack.pop_all()
+        self.resumed = all(writer.resumed for writer in self._writers.values())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        prefix = next(prefix for prefix in self._writers if key.startswith(prefix))
+        self._writers[prefix].write(key.removeprefix(prefix), tensor)
+
+    def sync(self) -> None:
+        for writer in self._writers.values():
+            writer.sync()
+
+
+def _clear_around(partial: Path, folders: Collection[str]) -> None:
     """What a run that was killed at the very end had put beside the weights."""
     for path in partial.iterdir():
-        if path.name != component:
+        if path.name not in folders:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

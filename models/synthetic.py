@@ -1,7 +1,7 @@
 """Checkpoints of the published networks at their true sizes, with random weights: for tests and measurements.
 
-A folder as the hub has it, of its transformer alone: configs, shards under the hub's names and of its sizes, their
-index. One tensor is in memory at a time.
+A folder as the hub has it, of its transformer alone, or of both: configs, shards under the hub's names and of its
+sizes, their index. One tensor is in memory at a time.
 
 Values are normal, drawn once into a pool; each tensor takes them from there, from a place of its own on, around and
 around, times its layer's scale. So 24 GiB come as fast as the disk takes them. What can be told from such weights:
@@ -16,6 +16,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from models.published import Published
 from quant_runtime.tensor_files import Blank, TensorWriter
 
-COMPONENT, WEIGHTS = "transformer", "diffusion_pytorch_model"  # diffusers' names
+COMPONENTS, WEIGHTS = ("transformer", "transformer_2"), "diffusion_pytorch_model"  # diffusers' names
 POOL = 2**24 - 3  # values; a prime, so that no two rows of a matrix begin at the same one
 OUTLIERS = 64  # one input channel in so many is an outlier,
 OUTLIER = 8.0  # and its weights are so many times as large
@@ -54,17 +55,23 @@ def write(
     aside = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
     aside.mkdir()
     try:
-        parts = {COMPONENT: ["diffusers", published.network]}
+        components = COMPONENTS[: published.networks]
+        parts = {component: ["diffusers", published.network] for component in components}
         index = {"_class_name": published.pipeline, "_diffusers_version": diffusers.__version__} | parts
+        index |= published.index
         (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        network = published.on_meta()
-        write_network(
-            network, aside / COMPONENT, dtype or published.dtype, shard_bytes or published.shard_bytes, seed, on_bytes
-        )
+        typed, most = dtype or published.dtype, shard_bytes or published.shard_bytes
+        for number, component in enumerate(components):
+            told = partial(_of_all, on_bytes, number, len(components))
+            write_network(published.on_meta(), aside / component, typed, most, seed + number, told)
         aside.rename(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _of_all(on_bytes: OnBytes, number: int, networks: int, done: int, of: int) -> None:
+    on_bytes(number * of + done, networks * of)
 
 
 def write_network(

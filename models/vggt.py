@@ -227,6 +227,9 @@ class Vggt:
     kind: Kind = "scene"
     component = ""
 
+    def components(self, folder: Path) -> tuple[str, ...]:
+        return (self.component,)
+
     def recognizes(self, folder: Path) -> bool:
         path = folder / "config.json"
         return path.is_file() and {"img_size", "patch_size", "embed_dim"} <= json.loads(path.read_text()).keys()

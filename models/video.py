@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -30,13 +31,14 @@ from models.precision import fast_float
 from models.run_record import Clock
 from quant_runtime import artifact, quality
 from quant_runtime.artifact import Manifest
-from quant_runtime.attention import AttentionPlan, AttentionState, describe_paths
+from quant_runtime.attention import AttentionPlan, AttentionState, SharedState, describe_paths
 from quant_runtime.convert import prepare
 from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.linear import QuantLinear, fuse
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.tensor_files import TensorFiles, fill
 
+INDEX = "model_index.json"  # what a folder's pipeline is, and of what parts
 SERVING = "serving.json"  # beside model_index.json: what this checkpoint takes, where that is not its family's own
 PROMPTS = (  # where a checkpoint names none of its own
     "A ginger cat walks along a garden wall at sunset, the camera follows from the side",
@@ -50,7 +52,16 @@ PROMPTS = (  # where a checkpoint names none of its own
 )
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
-_Prompts = Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
+Prompts = Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
+
+
+def _beside(path: Path | None) -> Path | None:
+    if path is not None and (path.is_absolute() or ".." in path.parts):
+        raise ValueError(f"{path} is no file in the checkpoint's folder")
+    return path
+
+
+Images = tuple[Annotated[Path | None, pydantic.AfterValidator(_beside)], ...]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
@@ -69,17 +80,35 @@ class Serving(pydantic.BaseModel):
 
     limits: Limits
     max_tokens: Tokens  # prompts are padded to it; longer are refused
-    calibration: _Prompts = PROMPTS[:4]
-    judging: _Prompts = PROMPTS[4:]
+    calibration: Prompts = PROMPTS[:4]
+    judging: Prompts = PROMPTS[4:]
+    calibration_images: Images = ()  # what those films start from, in turn: files beside serving.json, null for none
+    judging_images: Images = ()
+
+    @pydantic.model_validator(mode="after")
+    def _images_are_taken(self) -> Self:
+        for name, images in (("calibration", self.calibration_images), ("judging", self.judging_images)):
+            if self.limits.image == "none" and any(images):
+                raise ValueError(f"{name}_images are for a model that takes a start image: its limits have none")
+            if self.limits.image == "required" and not (images and all(images)):
+                raise ValueError(f"{name}_images are needed, and none may be null: this model needs a start image")
+        return self
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """The checkpoint's own, where it has one. ValueError names the file and the field that will not do."""
         path = folder / SERVING
         try:
-            return cls.model_validate_json(path.read_bytes() if path.is_file() else "{}")
+            serving = cls.model_validate_json(path.read_bytes() if path.is_file() else "{}")
         except pydantic.ValidationError as error:
             raise ValueError(f"{path}: {error}") from None
+        for name in ("calibration_images", "judging_images"):
+            images = tuple(image and folder / image for image in getattr(serving, name))
+            missing = next((image for image in images if image and not image.is_file()), None)
+            if missing is not None:
+                raise ValueError(f"{path}: {name}: there is no {missing}")
+            serving = serving.model_copy(update={name: images})
+        return serving
 
 
 def write_serving(folder: Path, serving: Serving) -> None:
@@ -93,26 +122,32 @@ class Film:
 
 
 class VideoModel(ABC):
-    """One loaded pipeline. `network` is its transformer."""
+    """One loaded pipeline. `network` is its transformer, or an nn.ModuleDict of those that take turns."""
 
     kind: Kind = "video"
     blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks.",)  # where in the network the layers are that shrink
     projections: ClassVar[Mapping[str, Sequence[str]]] = {"fused_qkv": ("to_q", "to_k", "to_v")}  # of self-attentions
-    processor: ClassVar[Any]  # made of a layer's number and of this model: how that self-attention runs
+    processor: ClassVar[Any]  # of a layer's number, this model and its network's state: how that self-attention runs
 
     def __init__(self, pipe: Any, serving: Serving, device: str) -> None:
         self.pipe, self.serving = pipe, serving
         self.kernels = describe_paths(device)
-        self.network: Any = pipe.transformer
+        self.network: Any = self.denoiser(pipe)
         pipe.set_progress_bar_config(disable=True)
         self.layout = TokenLayout(1, 1, 1)
-        self._signature = inspect.signature(self.network.forward)
-        self.network.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._signature = inspect.signature(pipe.transformer.forward)
+        for network in networks(self.network).values():
+            network.register_forward_pre_hook(self._before, with_kwargs=True)
         self.attend(AttentionPlan())
 
+    def denoiser(self, pipe: Any) -> nn.Module:
+        """The pipeline's network, or an nn.ModuleDict of those that take turns, by the names of their folders."""
+        network: nn.Module = pipe.transformer
+        return network
+
     @abstractmethod
-    def attentions(self) -> Mapping[str, Any]:
-        """The network's self-attentions by name, in the order they run in."""
+    def attentions(self, network: Any) -> Mapping[str, Any]:
+        """A network's self-attentions by name, in the order they run in."""
 
     @abstractmethod
     def enter(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +155,11 @@ class VideoModel(ABC):
 
     @abstractmethod
     def asked(self, inputs: VideoInputs) -> dict[str, Any]:
-        """The prompts, encoded, and how strongly they guide: what the pipeline takes for them, by name."""
+        """Prompts, encoded, how strongly they guide, and a start image: what the pipeline takes for them, by name."""
+
+    def pipeline(self, inputs: VideoInputs) -> Any:
+        """diffusers' pipeline for these inputs."""
+        return self.pipe
 
     def tokens(self, prompt: str) -> int:
         """How many of `serving.max_tokens` a prompt takes."""
@@ -130,9 +169,12 @@ class VideoModel(ABC):
         return (), self.enter(dict(self._signature.bind(*args, **kwargs).arguments))
 
     def attend(self, plan: AttentionPlan) -> None:
-        self.attention = AttentionState(plan)
-        for layer, attention in enumerate(self.attentions().values()):
-            attention.set_processor(self.processor(layer, self))
+        """Each network gets a state of its own: what is kept of its layers is not another's."""
+        states = {prefix.removesuffix("."): AttentionState(plan) for prefix in networks(self.network)}
+        self.attention = SharedState(states) if len(states) > 1 else states[""]
+        for network, state in zip(networks(self.network).values(), states.values(), strict=True):
+            for layer, attention in enumerate(self.attentions(network).values()):
+                attention.set_processor(self.processor(layer, self, state))
 
     def layers(self) -> list[str]:
         return self.linears(self.network)
@@ -140,19 +182,25 @@ class VideoModel(ABC):
     @classmethod
     def linears(cls, network: nn.Module) -> list[str]:
         """Everything linear inside the blocks, modulation included. Embedders and head stay as they are."""
-        return linear_inside(network, cls.blocks)
+        parts = networks(network).items()
+        return [f"{prefix}{name}" for prefix, part in parts for name in linear_inside(part, cls.blocks)]
 
     def shared(self) -> list[Sequence[str]]:
+        parts = networks(self.network).items()
+        return [[f"{prefix}{name}" for name in group] for prefix, part in parts for group in self.groups(part)]
+
+    def groups(self, network: Any) -> list[Sequence[str]]:
+        """Names of the layers of one network that are fed the same tensor."""
         return [
             [f"{name}.{projection}" for projection in group]
-            for name, attention in self.attentions().items()
+            for name, attention in self.attentions(network).items()
             for group in self.projections.values()
             if getattr(attention, group[0], None) is not None
         ]
 
     def fuse_projections(self) -> None:
         """Quantized projections of one input become one layer, so that it is rounded once."""
-        for attention in self.attentions().values():
+        for attention in [a for part in networks(self.network).values() for a in self.attentions(part).values()]:
             for fused, group in self.projections.items():
                 layers = [layer for name in group if isinstance(layer := getattr(attention, name, None), QuantLinear)]
                 if len(layers) == len(group):
@@ -172,18 +220,23 @@ class VideoModel(ABC):
 
     def calibrate(self, samples: int, on_sample: OnStep) -> None:
         """Short runs (8 steps at most) of the default size: each prompt sees noise of every level."""
-        self._films(self.serving.calibration, samples, min(8, self.limits().steps), on_sample)
+        serving = self.serving
+        self._films(serving.calibration, serving.calibration_images, samples, min(8, serving.limits.steps), on_sample)
 
     def outputs(self, samples: int, on_sample: OnStep) -> list[Tensor]:
-        """uint8 [T, H, W, 3] of each judging prompt, seed 0 and up, defaults throughout."""
-        return self._films(self.serving.judging, samples, self.limits().steps, on_sample)
+        """uint8 [T, H, W, 3] of each judging prompt and its image, seed 0 and up, defaults throughout."""
+        serving = self.serving
+        return self._films(serving.judging, serving.judging_images, samples, serving.limits.steps, on_sample)
 
-    def _films(self, prompts: Sequence[str], samples: int, steps: int, on_sample: OnStep) -> list[Tensor]:
+    def _films(
+        self, prompts: Sequence[str], images: Images, samples: int, steps: int, on_sample: OnStep
+    ) -> list[Tensor]:
         size, films = self.limits(), []
         for i in range(samples):
             inputs = VideoInputs(
                 prompt=prompts[i % len(prompts)], width=size.width, height=size.height, frames=size.frames,
                 fps=size.fps, steps=steps, guidance=size.guidance, seed=i,
+                image=images[i % len(images)] if images else None,
             )  # fmt: skip
             films.append(torch.from_numpy(self.film(inputs, lambda done, of: None).frames))
             on_sample(i + 1, samples)
@@ -223,7 +276,7 @@ class VideoModel(ABC):
                 clock.lap("denoise")
             return tensors
 
-        video = self.pipe(
+        video = self.pipeline(inputs)(
             **asked,
             height=inputs.height,
             width=inputs.width,
@@ -254,6 +307,10 @@ class VideoModel(ABC):
             raise BadInput("frames", f"frames are {wanted}, got {inputs.frames}")
         if not 0 < inputs.steps <= size.max_steps:
             raise BadInput("steps", f"steps are 1 to {size.max_steps}, got {inputs.steps}")
+        if inputs.image is None and size.image == "required":
+            raise BadInput("image", "image is needed: this model films on from a picture")
+        if inputs.image is not None and size.image == "none":
+            raise BadInput("image", "image is not taken: this model films from the prompt alone")
         for name, text in (("prompt", inputs.prompt), ("negative_prompt", inputs.negative_prompt)):
             tokens = self.tokens(text)
             if tokens > self.serving.max_tokens:
@@ -264,27 +321,20 @@ M = TypeVar("M", bound=VideoModel)
 
 
 class PipelineFamily(ABC, Generic[M]):
-    """Folders that one of diffusers' pipelines is saved in."""
+    """Folders that diffusers' pipelines are saved in."""
 
     name: str
     kind: Kind = "video"
-    component = "transformer"
+    component = "transformer"  # of every checkpoint; `components` tells of those that have more
     weights = "diffusion_pytorch_model"
     stored = torch.bfloat16
-    pipeline: ClassVar[Any]  # diffusers' class
-    transformer: ClassVar[Any]  # and that of its network
+    pipelines: ClassVar[tuple[Any, ...]]  # diffusers' classes
+    transformer: ClassVar[Any]  # and that of the network
     model: type[M]
     serving: ClassVar[type[Serving]]
 
     def recognizes(self, folder: Path) -> bool:
-        path = folder / "model_index.json"
-        if not path.is_file():
-            return False
-        try:
-            index = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        return isinstance(index, dict) and index.get("_class_name") == self.pipeline.__name__
+        return (folder / INDEX).is_file() and self._pipeline(folder) is not None
 
     def load(
         self,
@@ -293,43 +343,36 @@ class PipelineFamily(ABC, Generic[M]):
         dtype: torch.dtype | dict[str, torch.dtype],
         digests: Mapping[str, str] | None = None,
     ) -> M:
-        """`digests` as in `network`. The transformer is loaded by us, first, and straight to the device."""
+        """`digests` as in `network`. Networks that shrink are loaded by us, first, and straight to the device."""
         for library in (diffusers, transformers):  # their bars would be drawn across ours, and into a worker's log
             library.utils.logging.disable_progress_bar()
-        self._must_be_whole(folder)
-        narrowest = dtype.get(self.component, dtype["default"]) if isinstance(dtype, dict) else dtype
-        network = self.network(folder, device, narrowest, digests)
+        self.check(folder)
+        pipeline, serving = self._pipeline(folder), self.served(folder)
+        _must_be_whole(folder, pipeline)
+        wanted = dtype if isinstance(dtype, dict) else {"default": dtype}
+        parts = {
+            component: self.network(folder, component, device, wanted.get(component, wanted["default"]), digests)
+            for component in self.components(folder)
+        }
         try:
-            pipe = self.pipeline.from_pretrained(folder, transformer=network, dtype=dtype, local_files_only=True)
+            pipe = pipeline.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{folder} is not a whole {self.pipeline.__name__}: {error}") from error
-        self.check(pipe, folder)
+            raise ValueError(f"{folder} is not a whole {pipeline.__name__}: {error}") from error
+        self.settle(pipe)
         pipe.to(device)
         if device == "cpu":
             convolutions.by_onednn(pipe.vae)
-        return self.model(pipe, self.serving.read(folder), device)
-
-    def _must_be_whole(self, folder: Path) -> None:
-        """A folder may hold its transformer alone: that can be compressed, layer by layer, and is no pipeline."""
-        index = json.loads((folder / "model_index.json").read_bytes())
-        parameters = inspect.signature(self.pipeline).parameters.values()
-        parts = [one.name for one in parameters if one.default is one.empty]
-        missing = [part for part in parts if not isinstance(index.get(part), list) or index[part][0] is None]
-        if missing:
-            raise ValueError(
-                f"{folder} is no whole {self.pipeline.__name__}: its model_index.json has no {', '.join(missing)}. "
-                "What is there can be compressed with --stream, and not run"
-            )
+        return self.model(pipe, serving, device)
 
     def network(
-        self, folder: Path, device: str, dtype: torch.dtype, digests: Mapping[str, str] | None = None
+        self, folder: Path, component: str, device: str, dtype: torch.dtype, digests: Mapping[str, str] | None = None
     ) -> nn.Module:
-        """The transformer of a checkpoint or of an artifact, strictly, its floats as `dtype` but what it keeps wider.
+        """A network of a checkpoint or of an artifact, strictly, its floats as `dtype` but what it keeps wider.
 
         Tensors are read one by one and go straight to the device: beside them, the host holds one.
-        `digests` has the SHA-256 of its files, by name: a file that is another is refused by name.
+        `digests` has the SHA-256 of each file, by its path in the folder: one that is another is refused by name.
         """
-        network = self.skeleton(folder)
+        network = self._empty(folder, component)
         wide = set(self.transformer._keep_in_fp32_modules or ())
 
         def place(key: str, tensor: Tensor) -> Tensor:
@@ -337,12 +380,50 @@ class PipelineFamily(ABC, Generic[M]):
                 return tensor.to(device, copy=True)
             return tensor.to(device, torch.float32 if wide & {*key.split(".")} else dtype, copy=True)
 
-        with TensorFiles.open(folder / self.component, self.weights) as files:
-            fill(network, files, place, digests)
+        held = TensorFiles.open(folder / component, self.weights).tensors.items()
+        used = {key: its for key, its in held if not any(re.search(pattern, key) for pattern in self.ignored)}
+        own = None
+        if digests is not None:
+            own = {Path(name).name: its for name, its in digests.items() if Path(name).parent == Path(component)}
+        with TensorFiles(used) as files:
+            fill(network, files, place, own)
         return network.to(device)  # what no file holds
 
-    def check(self, pipe: Any, folder: Path) -> None:
-        """Raises ValueError for a pipeline of this class that is of another kind than those that are run."""
+    def check(self, folder: Path) -> None:
+        """Raises ValueError for a checkpoint of another kind than those that are run. Reads configs alone."""
+        if self._pipeline(folder) is None:
+            known = " or ".join(pipeline.__name__ for pipeline in self.pipelines)
+            raise ValueError(f"{folder} is a {index(folder).get('_class_name')}; {self.name} is a {known}")
+
+    def settle(self, pipe: Any) -> None:
+        """What a pipeline is set to before it runs."""
+
+    def components(self, folder: Path) -> tuple[str, ...]:
+        """The folders inside a checkpoint that hold a network that shrinks, in the order the networks run in."""
+        return (self.component,)
+
+    def config(self, folder: Path, component: str) -> dict[str, Any]:
+        """Of one network."""
+        path = folder / component / "config.json"
+        try:
+            config: dict[str, Any] = self.transformer.load_config(path, local_files_only=True)
+        except OSError as error:
+            raise ValueError(f"{path} describes no {self.transformer.__name__}: {error}") from error
+        return config
+
+    @property
+    def ignored(self) -> Sequence[str]:
+        """Patterns of tensors that diffusers does not miss: Wan's checkpoints from pictures have norms of no use."""
+        return self.transformer._keys_to_ignore_on_load_unexpected or ()
+
+    def served(self, folder: Path) -> Serving:
+        """What a checkpoint is run with."""
+        return self.serving.read(folder)
+
+    def _pipeline(self, folder: Path) -> Any:
+        """diffusers' class of this folder, where it is one of this family's."""
+        name = index(folder).get("_class_name")
+        return next((pipeline for pipeline in self.pipelines if pipeline.__name__ == name), None)
 
     def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> M:
         """In bfloat16 where the device multiplies it itself, else in float32.
@@ -351,8 +432,8 @@ class PipelineFamily(ABC, Generic[M]):
         """
         half = fast_float(device)
         around = torch.float32 if device == "cpu" and manifest.layers else half
-        own = artifact.weights(manifest, self.component) if check else {}
-        digests = {Path(name).name: digest for name, digest in own.items()} if check else None
+        own = [artifact.weights(manifest, component) for component in self.components(folder)]
+        digests = {name: digest for some in own for name, digest in some.items()} if check else None
         model = self.load(folder, device, self.dtypes(around, half), digests)
         model.fuse_projections()
         if manifest.attention is not None:
@@ -365,24 +446,31 @@ class PipelineFamily(ABC, Generic[M]):
 
     def write(self, model: M, source: Path, target: Path) -> None:
         self.write_around(model.network, source, target)
-        narrow(model.network, self.stored)
-        artifact.write_weights(model.network, target / self.component, self.weights)
+        for folder, network in self.parts(model.network).items():
+            narrow(network, self.stored)
+            artifact.write_weights(network, target / folder, self.weights)
 
-    def write_around(self, network: Any, source: Path, target: Path) -> None:
+    def write_around(self, network: nn.Module, source: Path, target: Path) -> None:
         """Every file of an artifact but its weights and its manifest. `network` may be on the meta device."""
+        parts: Mapping[str, Any] = self.parts(network)
         for path in sorted(source.iterdir()):
-            if path.name != self.component:
+            if path.name not in parts:
                 artifact.link_or_copy(path, target / path.name)
-        specs = {name: m.spec for name, m in network.named_modules() if isinstance(m, QuantLinear)}
-        if specs:
-            quant_runtime.diffusers.mark(network, specs)
-        network.save_config(target / self.component)
+        for folder, part in parts.items():
+            specs = {name: m.spec for name, m in part.named_modules() if isinstance(m, QuantLinear)}
+            if specs:
+                quant_runtime.diffusers.mark(part, specs)
+            part.save_config(target / folder)
 
     def skeleton(self, folder: Path) -> nn.Module:
-        """The network by its config, ready to be loaded into: on the meta device but for what no file holds."""
-        path = folder / self.component / "config.json"
+        """The network by its config, on the meta device but for what no file holds, or an nn.ModuleDict of two."""
+        self.check(folder)
+        parts = {component: self._empty(folder, component) for component in self.components(folder)}
+        return nn.ModuleDict(parts) if len(parts) > 1 else parts[self.component]
+
+    def _empty(self, folder: Path, component: str) -> nn.Module:
+        config = self.config(folder, component)
         try:
-            config = self.transformer.load_config(path, local_files_only=True)
             with init_empty_weights():
                 network: nn.Module = self.transformer.from_config(config).eval()
             if config.get("quantization_config") is not None:
@@ -390,14 +478,19 @@ class PipelineFamily(ABC, Generic[M]):
                 prepare(network, specs)
                 quant_runtime.diffusers.mark(network, specs)
         except (OSError, ValueError, TypeError) as error:
+            path = folder / component / "config.json"
             raise ValueError(f"{path} describes no {self.transformer.__name__}: {error}") from error
         return network
+
+    def parts(self, network: nn.Module) -> dict[str, nn.Module]:
+        """The networks of a checkpoint by their folders."""
+        return {prefix.removesuffix(".") or self.component: part for prefix, part in networks(network).items()}
 
     def linears(self, network: nn.Module) -> list[str]:
         return self.model.linears(network)
 
     def limits(self, folder: Path) -> VideoLimits:
-        return self.serving.read(folder).limits
+        return self.served(folder).limits
 
     def score(self, outputs: Sequence[Tensor], full: Sequence[Tensor]) -> dict[str, float]:
         """PSNR in dB and SSIM against full precision, mean over the films."""
@@ -410,6 +503,35 @@ class PipelineFamily(ABC, Generic[M]):
     @abstractmethod
     def tiny(self, folder: Path) -> None:
         """Write a checkpoint with random weights and the real layout, small enough for a test."""
+
+
+def index(folder: Path) -> dict[str, Any]:
+    """A pipeline folder's model_index.json."""
+    path = folder / INDEX
+    try:
+        read = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return read if isinstance(read, dict) else {}
+
+
+def _must_be_whole(folder: Path, pipeline: Any) -> None:
+    """A folder may hold what shrinks alone: that can be compressed, layer by layer, and is no pipeline."""
+    given = index(folder)
+    parts = [one.name for one in inspect.signature(pipeline).parameters.values() if one.default is one.empty]
+    missing = [part for part in parts if not isinstance(given.get(part), list) or given[part][0] is None]
+    if missing:
+        raise ValueError(
+            f"{folder} is no whole {pipeline.__name__}: its {INDEX} has no {', '.join(missing)}. "
+            "What is there can be compressed with --stream, and not run"
+        )
+
+
+def networks(network: nn.Module) -> dict[str, nn.Module]:
+    """By what the names of their layers begin with: nothing for one that is alone, "transformer_2." for one of two."""
+    if isinstance(network, nn.ModuleDict):
+        return {f"{folder}.": part for folder, part in network.items()}
+    return {"": network}
 
 
 def linear_inside(network: nn.Module, blocks: tuple[str, ...]) -> list[str]:

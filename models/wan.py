@@ -1,41 +1,84 @@
-"""Wan (arXiv:2503.20314) in diffusers' layout: text to video.
+"""Wan 2.1 and 2.2 (arXiv:2503.20314) in diffusers' layout: films from text, and on from a picture.
 
-The linear layers of its blocks shrink, its self-attention goes sparse.
+One network for most; two experts that take turns in Wan 2.2 A14B, the second for the steps of low noise. The linear
+layers of their blocks shrink, their self-attention goes sparse. Attention to text, and to the picture, stays dense.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from diffusers import WanPipeline, WanTransformer3DModel
-from torch import Tensor
+import pydantic
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from torch import Tensor, nn
 
-from models import video
+from models import start_image, video
 from models.base import VideoInputs, VideoLimits
-from models.video import PROMPTS, PipelineFamily, VideoModel, rotated, write_serving
-from quant_runtime.attention import attend
+from models.video import PROMPTS, PipelineFamily, VideoModel, index, networks, rotated, write_serving
+from models.wan_blocks import TEXT_TOKENS, pack_blocks
+from quant_runtime.attention import AttentionState, attend
 from quant_runtime.sparsity.base import TokenLayout
 
 WAN_LIMITS = VideoLimits(
     size_multiple=16, max_pixels=1280 * 720, max_side=1280, max_frames=81, width=832, height=480, frames=81, fps=16,
     steps=50, guidance=5.0,
 )  # fmt: skip
+TI2V_LIMITS = VideoLimits(
+    size_multiple=32, max_pixels=1280 * 704, max_side=1280, max_frames=121, width=1280, height=704, frames=121, fps=24,
+    steps=50, guidance=5.0, image="optional",
+)  # fmt: skip
 
 
 class Serving(video.Serving):
-    """The defaults are Wan 2.1's."""
+    """The defaults are those of Wan 2.1, text to video."""
 
     limits: video.Limits = WAN_LIMITS
-    max_tokens: video.Tokens = 512
+    max_tokens: video.Tokens = TEXT_TOKENS
+
+
+class ImageServing(Serving):
+    """Of Wan 2.1, image to video: its pictures are those that come along."""
+
+    limits: video.Limits = replace(WAN_LIMITS, steps=40, image="required")
+    calibration: video.Prompts = tuple(prompt for prompt, _ in start_image.CALIBRATION)
+    judging: video.Prompts = tuple(prompt for prompt, _ in start_image.JUDGING)
+    calibration_images: video.Images = tuple(start_image.shipped(name) for _, name in start_image.CALIBRATION)
+    judging_images: video.Images = tuple(start_image.shipped(name) for _, name in start_image.JUDGING)
+
+
+class ExpertsServing(Serving):
+    """Of Wan 2.2 A14B, text to video: guidance of 4 while there is much noise, then of 3."""
+
+    limits: video.Limits = replace(WAN_LIMITS, steps=40, guidance=4.0)
+    low_noise_guidance: Annotated[float, pydantic.Field(gt=0)] = 0.75  # of the second expert, for 1 of the first
+
+
+class ImageExpertsServing(ImageServing, ExpertsServing):
+    """Of Wan 2.2 A14B, image to video."""
+
+    limits: video.Limits = replace(WAN_LIMITS, steps=40, guidance=3.5, image="required")
+    low_noise_guidance: Annotated[float, pydantic.Field(gt=0)] = 1.0
+
+
+class TextImageServing(Serving):
+    """Of Wan 2.2 TI2V-5B: every other film starts from a picture."""
+
+    limits: video.Limits = TI2V_LIMITS
+    calibration: video.Prompts = (PROMPTS[0], start_image.CALIBRATION[1][0], PROMPTS[2], start_image.CALIBRATION[3][0])
+    judging: video.Prompts = (PROMPTS[4], start_image.JUDGING[1][0], PROMPTS[6], start_image.JUDGING[3][0])
+    calibration_images: video.Images = (None, start_image.shipped("rocket"), None, start_image.shipped("coffee"))
+    judging_images: video.Images = (None, start_image.shipped("brick"), None, start_image.shipped("hubble_deep_field"))
 
 
 class SelfAttention:
     """diffusers' processor of `attn1`, with our attention. Dense and unquantized it computes what theirs does."""
 
-    def __init__(self, layer: int, model: WanModel) -> None:
-        self.layer, self.model = layer, model
+    def __init__(self, layer: int, model: WanModel, state: AttentionState) -> None:
+        self.layer, self.model, self.state = layer, model, state
 
     def __call__(
         self,
@@ -50,7 +93,7 @@ class SelfAttention:
         q, k = (rotated(x.unflatten(2, (attn.heads, -1)), *rotary_emb) for x in (attn.norm_q(q), attn.norm_k(k)))
         v = v.unflatten(2, (attn.heads, -1))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = attend(q, k, v, layer=self.layer, layout=self.model.layout, state=self.model.attention)
+        out = attend(q, k, v, layer=self.layer, layout=self.model.layout, state=self.state)
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
@@ -58,48 +101,121 @@ class WanModel(VideoModel):
     blocks = ("blocks.",)
     processor = SelfAttention
 
-    def attentions(self) -> Mapping[str, Any]:
-        return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(self.network.blocks)}
+    def __init__(self, pipe: Any, serving: video.Serving, device: str) -> None:
+        super().__init__(pipe, serving, device)
+        self.from_text = self.from_image = pipe
+        if (
+            pipe.config.expand_timesteps
+        ):  # TI2V-5B films from text and from pictures, and is saved as the one or the other
+            parts = {name: part for name, part in pipe.components.items() if not name.startswith("image_")}
+            self.from_text = WanPipeline(**parts, expand_timesteps=True)
+            self.from_image = WanImageToVideoPipeline(**parts, expand_timesteps=True)
+            for one in (self.from_text, self.from_image):
+                one.set_progress_bar_config(disable=True)
 
-    def shared(self) -> list[Sequence[str]]:
-        text = [[f"blocks.{i}.attn2.to_{x}" for x in "kv"] for i in range(len(self.network.blocks))]
-        return [*super().shared(), *text]
+    def denoiser(self, pipe: Any) -> nn.Module:
+        if pipe.transformer_2 is None:
+            return super().denoiser(pipe)
+        return nn.ModuleDict({"transformer": pipe.transformer, "transformer_2": pipe.transformer_2})
+
+    def attentions(self, network: Any) -> Mapping[str, Any]:
+        return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(network.blocks)}
+
+    def fuse_projections(self) -> None:
+        super().fuse_projections()
+        for network in networks(self.network).values():
+            pack_blocks(network)
+
+    def groups(self, network: Any) -> list[Sequence[str]]:
+        pairs = [("to_k", "to_v")] + [("add_k_proj", "add_v_proj")] * (network.config.added_kv_proj_dim is not None)
+        context = [[f"blocks.{i}.attn2.{x}" for x in pair] for i in range(len(network.blocks)) for pair in pairs]
+        return [*super().groups(network), *context]
 
     def enter(self, given: dict[str, Any]) -> dict[str, Any]:
-        sizes = zip(given["hidden_states"].shape[2:], self.network.config.patch_size, strict=True)
+        sizes = zip(given["hidden_states"].shape[2:], self.pipe.transformer.config.patch_size, strict=True)
         frames, height, width = (n // p for n, p in sizes)
         self.layout = TokenLayout(frames, height, width)
         return given
 
+    def pipeline(self, inputs: VideoInputs) -> Any:
+        return self.from_text if inputs.image is None else self.from_image
+
     def asked(self, inputs: VideoInputs) -> dict[str, Any]:
+        """The second expert's guidance goes with the first's, and is never below 1, which is none."""
         prompt, negative = self.pipe.encode_prompt(
             inputs.prompt,
             inputs.negative_prompt,
             do_classifier_free_guidance=inputs.guidance > 1,
             max_sequence_length=self.serving.max_tokens,
         )
-        return {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "guidance_scale": inputs.guidance}
+        asked = {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "guidance_scale": inputs.guidance}
+        if isinstance(self.serving, ExpertsServing):
+            asked["guidance_scale_2"] = max(1.0, inputs.guidance * self.serving.low_noise_guidance)
+        if inputs.image is not None:
+            asked["image"] = start_image.fitted(inputs.image, inputs.width, inputs.height)
+        return asked
 
 
 class Wan(PipelineFamily[WanModel]):
-    """diffusers' WanPipeline folders."""
+    """diffusers' WanPipeline and WanImageToVideoPipeline folders."""
 
     name = "wan"
-    pipeline = WanPipeline
+    pipelines = (WanPipeline, WanImageToVideoPipeline)
     transformer = WanTransformer3DModel
     model = WanModel
     serving = Serving
 
-    def check(self, pipe: Any, folder: Path) -> None:
-        if pipe.transformer_2 is not None:
-            raise ValueError(f"{folder} has a transformer_2, as Wan 2.2 A14B has: two networks are not run yet")
+    def components(self, folder: Path) -> tuple[str, ...]:
+        return ("transformer", "transformer_2") if _has(folder, "transformer_2") else ("transformer",)
 
-    def tiny(self, folder: Path) -> None:
-        from models import tiny
-        from models.demo.video import networks
+    def served(self, folder: Path) -> video.Serving:
+        image, given = self._pipeline(folder) is WanImageToVideoPipeline, index(folder)
+        if given.get("expand_timesteps"):
+            kind: type[video.Serving] = TextImageServing
+        elif _has(folder, "transformer_2"):
+            kind = ImageExpertsServing if image else ExpertsServing
+        else:
+            kind = ImageServing if image else Serving
+        return kind.read(folder)
 
-        tiny.write(networks.pipeline(networks.TINY), folder)
-        serving = Serving(
-            limits=tiny.LIMITS, max_tokens=networks.MAX_TOKENS, calibration=PROMPTS[:1], judging=PROMPTS[1:2]
-        )
+    def check(self, folder: Path) -> None:
+        super().check(folder)
+        image, given = self._pipeline(folder) is WanImageToVideoPipeline, index(folder)
+        if _has(folder, "transformer_2") != (given.get("boundary_ratio") is not None):
+            raise ValueError(f"{folder}: two experts come with a boundary_ratio in model_index.json, one without")
+        serving, wanted = self.served(folder), "required" if image else "none"
+        if not given.get("expand_timesteps") and serving.limits.image != wanted:
+            raise ValueError(f"{folder / video.SERVING}: limits.image is {wanted} for a {given['_class_name']}")
+        for component in self.components(folder):
+            config = self.config(folder, component)
+            if config.get("pos_embed_seq_len") is not None:
+                raise ValueError(f"{folder} takes a first and a last picture, as Wan 2.1 FLF2V: that is not run yet")
+            seen = config.get("in_channels", 16)
+            made = config.get("out_channels") or seen
+            beside = 4 + made if image and not given.get("expand_timesteps") else 0  # a mask, and the picture's latents
+            if seen != made + beside:
+                raise ValueError(f"{folder}/{component} has {seen} input channels; {made + beside} are run here")
+            if config.get("image_dim") is not None and not _has(folder, "image_encoder"):
+                raise ValueError(f"{folder}/{component} is shown what an image_encoder sees, and there is none")
+            if config.get("image_dim") is not None and serving.max_tokens != TEXT_TOKENS:
+                raise ValueError(f"{folder / video.SERVING}: max_tokens is {TEXT_TOKENS} in a model with image_encoder")
+
+    def dtypes(self, around: torch.dtype, half: torch.dtype) -> dict[str, torch.dtype]:
+        """The image encoder in float32, as diffusers' example has it."""
+        return super().dtypes(around, half) | {"transformer_2": around, "image_encoder": torch.float32}
+
+    def tiny(self, folder: Path, kind: str = "t2v") -> None:
+        """`kind` is one of models.tiny_wan.KINDS."""
+        from models import tiny, tiny_wan
+
+        pipe, serving, image = tiny_wan.checkpoint(kind)
+        tiny.write(pipe, folder)
+        if image is not None:
+            image.save(folder / "start.png")
         write_serving(folder, serving)
+
+
+def _has(folder: Path, part: str) -> bool:
+    """Does the pipeline have this optional part? Without, its index says [null, null], or nothing."""
+    named = index(folder).get(part)
+    return isinstance(named, list) and any(named)

@@ -104,8 +104,10 @@ class AttentionRecord(_Strict):
     dense_layers: tuple[int, ...]
     qk_bits: Literal[8, 16]
     dense_qk_bits: Literal[8, 16]
+    pv_bits: Literal[8, 16] = 16
     sparse_density: float | None = None
     effective_density: float | None = None
+    network_densities: dict[str, float] = {}  # the effective one of each network, where several take turns
 
     @classmethod
     def of(cls, plan: AttentionPlan, density: Density | None = None) -> AttentionRecord:
@@ -115,8 +117,10 @@ class AttentionRecord(_Strict):
             dense_layers=plan.dense_layers,
             qk_bits=plan.qk_bits,
             dense_qk_bits=plan.dense_qk_bits,
+            pv_bits=plan.pv_bits,
             sparse_density=density.sparse if density else None,
             effective_density=density.effective if density else None,
+            network_densities=dict(density.networks) if density else {},
         )
 
     def plan(self) -> AttentionPlan:
@@ -125,7 +129,8 @@ class AttentionRecord(_Strict):
             policy = fields.build(POLICIES, self.policy.name, self.policy.fields)
         except ValueError as error:
             raise ArtifactError(f"{MANIFEST}: attention.policy: {error}") from None
-        return AttentionPlan(policy, self.warmup, self.dense_layers, self.qk_bits, self.dense_qk_bits)
+        bits = (self.qk_bits, self.dense_qk_bits, self.pv_bits)
+        return AttentionPlan(policy, self.warmup, self.dense_layers, *bits)
 
 
 class Base(_Strict):

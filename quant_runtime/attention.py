@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -12,32 +13,47 @@ from torch.nn import functional as F
 
 from quant_runtime.kernels._cpu import cpu_has_bfloat16, cpu_int8_path
 from quant_runtime.kernels.attention_blocks import attention_blocks
+from quant_runtime.kernels.attention_fp8 import attention_fp8
+from quant_runtime.kernels.pack_heads import Packed, pack_heads
 from quant_runtime.kernels.quantize_heads import key_center, quantize_heads
 from quant_runtime.sparsity.base import LAYOUTS, AttentionCall, Blocks, Policy, TokenLayout, every_block
 from quant_runtime.sparsity.dense import Dense
 
 QkBits = Literal[8, 16]
 DENSE_BLOCK = 64  # the block of dense attention in int8
+PACKED_BLOCK = 128  # the block of queries and of keys where P V is in FP8
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How a model's self-attention runs. q and k have 16 bits, as they come, or 8: keys centred, then rounded."""
+    """How a model's self-attention runs. q and k have 16 bits, as they come, or 8: keys centred, then rounded.
+
+    With `pv_bits` 8 the values, and what multiplies them, are FP8 (e4m3) wherever q and k have 8 bits, and blocks are
+    128 tokens whatever the policy says.
+    """
 
     policy: Policy = field(default_factory=Dense)
     warmup: float = 0.0  # the fraction of steps, from the first, that run dense
     dense_layers: tuple[int, ...] = ()  # that run dense in every step
     qk_bits: QkBits = 8  # of sparse calls
     dense_qk_bits: QkBits = 16  # of dense calls; 16 is torch's own scaled_dot_product_attention
+    pv_bits: QkBits = 16
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is a fraction of the steps, 0 to 1; got {self.warmup}")
-        if self.qk_bits not in (8, 16) or self.dense_qk_bits not in (8, 16):
-            raise ValueError(f"q and k have 8 or 16 bits; got qk_bits={self.qk_bits}, {self.dense_qk_bits=}")
+        for name in ("qk_bits", "dense_qk_bits", "pv_bits"):
+            if getattr(self, name) not in (8, 16):
+                raise ValueError(f"{name} is 8 or 16; got {name}={getattr(self, name)}")
 
     def is_dense(self, call: AttentionCall) -> bool:
         return call.step < round(self.warmup * call.steps) or call.layer in self.dense_layers
+
+    def packed(self, call: AttentionCall) -> bool:
+        """Whether this call's q, k and v go as pack_heads makes them: all in 8 bits, tokens in the order they have."""
+        dense = self.is_dense(call) or isinstance(self.policy, Dense)
+        bits = self.dense_qk_bits if dense else self.qk_bits
+        return self.pv_bits == 8 and bits == 8 and (dense or self.policy.order(call.layout) is None)
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,7 @@ class Density:
 
     effective: float  # mean over all steps, dense ones included
     sparse: float | None  # mean over the calls that were not dense; None if all were
+    networks: Mapping[str, float] = field(default_factory=dict)  # the effective one of each, where several take turns
 
 
 class AttentionState:
@@ -78,12 +95,50 @@ class AttentionState:
         if blocks is not None:
             self._sparse.append(density)
 
+    def call(self, layer: int, layout: TokenLayout) -> AttentionCall:
+        return AttentionCall(layer, self.step, self.steps, layout)
+
     def density(self) -> Density:
         """Of the calls since `start`. Refused before the first of them."""
-        if not self._kept:
-            raise ValueError("no attention call has been made since the generation started")
-        steps = [_mean(calls) for calls in self._kept.values()]
-        return Density(sum(steps) / len(steps), _mean(self._sparse) if self._sparse else None)
+        return _density(self._kept, self._sparse)
+
+
+class SharedState(AttentionState):
+    """The states of networks that take turns in one generation, as one: what it is told they are told.
+
+    A step belongs to the networks that made calls in it. What each of them keeps is in its own state.
+    """
+
+    def __init__(self, states: Mapping[str, AttentionState]) -> None:
+        self.states = states
+        super().__init__(next(iter(states.values())).plan)
+
+    def start(self, steps: int) -> None:
+        super().start(steps)
+        for state in self.states.values():
+            state.start(steps)
+
+    def at(self, step: int) -> None:
+        super().at(step)
+        for state in self.states.values():
+            state.at(step)
+
+    def density(self) -> Density:
+        """Over all of them. A network that had no turn is not among `networks`."""
+        kept: dict[int, list[Tensor]] = {}
+        for state in self.states.values():
+            for step, calls in state._kept.items():
+                kept[step] = [*kept.get(step, []), *calls]
+        whole = _density(kept, [density for state in self.states.values() for density in state._sparse])
+        own = {name: state.density().effective for name, state in self.states.items() if state._kept}
+        return replace(whole, networks=own)
+
+
+def _density(kept: Mapping[int, list[Tensor]], sparse: list[Tensor]) -> Density:
+    if not kept:
+        raise ValueError("no attention call has been made since the generation started")
+    steps = [_mean(calls) for calls in kept.values()]
+    return Density(sum(steps) / len(steps), _mean(sparse) if sparse else None)
 
 
 def _mean(densities: list[Tensor]) -> float:
@@ -98,7 +153,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, 
     """
     if q.shape[2] != layout.tokens or k.shape[2] != layout.tokens:
         raise ValueError(f"{layout} has {layout.tokens} tokens; got q and k with {q.shape[2]} and {k.shape[2]}")
-    call, plan = AttentionCall(layer, state.step, state.steps, layout), state.plan
+    call, plan = state.call(layer, layout), state.plan
+    if plan.packed(call) and q.shape[3] % 32 == 0:
+        return attend_packed(pack_heads(q, k, v, PACKED_BLOCK), call, state, v.dtype)
     order = None
     blocks = None
     if not plan.is_dense(call):
@@ -115,6 +172,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, 
     else:
         out = _over_blocks(q, k, v, blocks, plan.qk_bits)
     return out if order is None else torch.empty_like(out).index_copy_(2, order, out)
+
+
+def attend_packed(packed: Packed, call: AttentionCall, state: AttentionState, out_dtype: torch.dtype) -> Tensor:
+    """The same of operands that pack_heads has made in blocks of PACKED_BLOCK, where the plan has them `packed`."""
+    blocks = None
+    if not state.plan.is_dense(call):
+        blocks = state.plan.policy.blocks_by_means(packed.q_means, packed.k_means, call, PACKED_BLOCK)
+    state.record(blocks)
+    if blocks is None:
+        blocks = every_block(packed.q, packed.q, PACKED_BLOCK)
+    operands = (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale)
+    return attention_fp8(
+        *operands, blocks.kept, blocks.counts, packed.q.shape[2], blocks.block_q, blocks.block_k, out_dtype
+    )
 
 
 @functools.lru_cache(maxsize=LAYOUTS)

@@ -18,6 +18,8 @@ from quant_runtime.kernels.linear_w4a8 import linear_w4a8
 from quant_runtime.kernels.linear_w8a8 import linear_w8a8
 from quant_runtime.kernels.unpack import unpack
 
+Rounded = tuple[Tensor, Tensor]  # q int8 [M, K] and scale float32 [M]
+
 
 @dataclass(frozen=True)
 class LinearSpec:
@@ -107,22 +109,35 @@ class QuantLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, bits = x.reshape(-1, self.in_features), self.spec.format.activation_bits
-        if self.input_signs is not None:
-            q, scale = hadamard_quantize(rows, self.input_signs, self.spec.rotation, bits, self._factor())
-        else:
-            q, scale = rounding.quantize_rows(rows, bits, self._factor())
-        if self.spec.format.weight_bits == 4:
-            y = linear_w4a8(q, self.qweight, scale, self._scale(), self.bias, x.dtype)
-        else:
-            y = linear_w8a8(q, self._whole(), scale, self._scale(), self.bias, x.dtype)
+        y = self.product(self.rounded(x.reshape(-1, self.in_features)), x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def rounded(self, rows: Tensor) -> Rounded:
+        """float [M, K] as this layer's matmul takes it: rotated, scaled, rounded."""
+        bits = self.spec.format.activation_bits
+        if self.input_signs is not None:
+            return hadamard_quantize(rows, self.input_signs, self.spec.rotation, bits, self.factor())
+        return rounding.quantize_rows(rows, bits, self.factor())
+
+    def product(self, rows: Rounded, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """What the layer answers to such rows: [M, N] of dtype, or `out`, a contiguous one that is written to."""
+        (q, scale), bits = rows, self.spec.format.weight_bits
+        if bits == 4:
+            return linear_w4a8(q, self.qweight, scale, self._scale(), self.bias, dtype, out)
+        return linear_w8a8(q, self._whole(), scale, self._scale(), self.bias, dtype, out)
+
+    def rounds_like(self, other: QuantLinear) -> bool:
+        """Whether both round the same input to the same whole numbers."""
+        alike = self.in_features == other.in_features and self.spec.rotation == other.spec.rotation
+        alike = alike and self.spec.format.activation_bits == other.spec.format.activation_bits
+        alike = alike and _same(self.input_factor, other.input_factor)
+        return alike and _same(self.input_signs, other.input_signs)
 
     def fake_quant_forward(self, x: Tensor) -> Tensor:
         """What forward means, in floats: both operands rounded, then an ordinary matmul, in float64."""
         real, top = x.reshape(-1, self.in_features), self.spec.format.activation_top
         real = real.float() if self.input_signs is None else hadamard(real, self.input_signs, self.spec.rotation)
-        factor = self._factor()
+        factor = self.factor()
         if factor is not None:
             real = real * factor
         step = real.abs().amax(dim=1, keepdim=True).clamp(min=rounding.TINY) / top
@@ -136,7 +151,7 @@ class QuantLinear(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """The stored weights as float32 [N, K], as they would stand in the layer that this one replaced."""
-        w, factor = self.dequantized(), self._factor()
+        w, factor = self.dequantized(), self.factor()
         if factor is not None:
             w = w * factor
         if self.input_signs is None:
@@ -162,7 +177,8 @@ class QuantLinear(nn.Module):
     def _scale(self) -> Tensor:
         return self.weight_scale.view(torch.bfloat16).float()
 
-    def _factor(self) -> Tensor | None:
+    def factor(self) -> Tensor | None:
+        """What multiplies the input, float32 [K], or None."""
         return None if self.input_factor is None else self.input_factor.view(torch.bfloat16).float()
 
 

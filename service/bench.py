@@ -31,7 +31,7 @@ from service import child
 GIB = 2**30
 TRIED = 2 * GIB  # bytes that the disk is tried with
 BLOCK = 16 << 20
-COMPONENT, WEIGHTS = "transformer", "diffusion_pytorch_model"
+WEIGHTS = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _quantized(name: str, asked: Asked, disk: Disk) -> Iterator[dict[str, Any]]:
     source, out = asked.scratch / name, asked.scratch / f"{name}-{asked.method}-{asked.bits}"
     typed = ("--dtype", asked.dtype) if asked.dtype else ()
     made = ran(*_lowbit("dev", "synth", name, str(source), *typed))
-    with TensorFiles.open(source / COMPONENT, WEIGHTS) as files:
+    with weights(source) as files:
         half = sum(2 * math.prod(stored.shape) for stored in files.tensors.values())
         read = sum(file.stat().st_size for file in files.files())
     yield _rate(name, "checkpoint made", made, 0, read, disk)
@@ -98,9 +98,17 @@ def _quantized(name: str, asked: Asked, disk: Disk) -> Iterator[dict[str, Any]]:
         shutil.rmtree(out)
 
 
+def weights(folder: Path) -> TensorFiles:
+    """Of all networks, named as a manifest's layers are: where there are two, by their folders."""
+    parts = sorted(path.name for path in folder.glob("transformer*"))
+    prefixes = {part: f"{part}." if len(parts) > 1 else "" for part in parts}
+    held = {part: TensorFiles.open(folder / part, WEIGHTS).tensors for part in parts}
+    return TensorFiles({f"{prefixes[part]}{key}": its for part in parts for key, its in held[part].items()})
+
+
 def added_up(folder: Path, manifest: Manifest) -> tuple[int, dict[str, int]]:
     """Bytes of the network's files, and of their parts. ValueError where the manifest's layers are not as they lie."""
-    with TensorFiles.open(folder / COMPONENT, WEIGHTS) as files:
+    with weights(folder) as files:
         found = dict.fromkeys(manifest.layers, 0)
         kept, heads = 0, dict[Path, int]()
         for key, stored in files.tensors.items():
@@ -149,13 +157,14 @@ def opened(folder: Path, way: str) -> None:
     family: Any = registry.family(manifest.family)
     if way == "imports":
         return
-    own = artifact.weights(manifest, family.component)
+    components = family.components(folder)
+    own = {name: its for part in components for name, its in artifact.weights(manifest, part).items()}
     check = way != "unchecked"
     if check:
         artifact.verify(folder, manifest, later=own)
-    digests = {Path(name).name: digest for name, digest in own.items()}
     dtype = torch.float32 if way == "widened" else family.stored
-    family.network(folder, "cpu", dtype, digests if check else None)
+    held = [family.network(folder, part, "cpu", dtype, own if check else None) for part in components]
+    assert len(held) == len(components)  # all of them at once
 
 
 def ran(*command: str) -> Ran:

@@ -65,6 +65,12 @@ class VideoRequest(_Value):
     steps: Whole | None = None
     guidance: Guidance | None = None
     seed: Seed | None = None
+    image: Annotated[
+        Text | None,
+        Field(
+            description="the first frame: a data URI (data:image/png;base64,...), or an http(s) URL to fetch it from"
+        ),
+    ] = None
 
 
 class SceneRequest(_Value):
@@ -99,6 +105,7 @@ class VideoTask(_Value):
     steps: int
     guidance: Guidance
     seed: Seed
+    image: Upload | None = None  # to start from
 
 
 class SceneTask(_Value):
@@ -231,6 +238,7 @@ class VideoLimits(_Value):
     fps: Fps = 16
     steps: int = 20
     guidance: Guidance = 5.0
+    image: Literal["none", "optional", "required"] = "none"
 
     @model_validator(mode="after")
     def _defaults_fit(self) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -16,6 +17,7 @@ DEVICE = r"auto|cpu|cuda(:\d+)?"
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Priority = Annotated[int, Field(ge=0, le=9)]
+Host = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]+)$")]
 
 
 class StartError(Exception):
@@ -65,13 +67,25 @@ class Settings(BaseSettings):
     max_json_bytes: Count = 128 * 1024
     max_upload_bytes: Count = 256 * 1024**2  # one multipart body
     max_image_pixels: Count = 40_000_000  # one image, as its header states it
+    max_start_image_bytes: Count = 16 * 1024**2  # of a video, whichever way it comes
     max_video_seconds: Seconds = 120
     max_video_pixels: Count = 4096 * 2304  # one frame
+
+    # Start images that are named by URL; lists are split by ','
+    fetch_hosts: Annotated[tuple[Host, ...], NoDecode] = ()  # none fetches nothing; *.example.org; * is any
+    fetch_ports: Annotated[tuple[Annotated[int, Field(ge=1, le=65535)], ...], NoDecode] = (80, 443)
+    fetch_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode] = ()  # allowed though not public
+    fetch_seconds: Seconds = 10  # for all of it: the lookup, every redirect, the last byte
 
     @field_validator("artifacts", mode="before")
     @classmethod
     def _paths(cls, value: Any) -> Any:
         return tuple(Path(part) for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+
+    @field_validator("fetch_hosts", "fetch_ports", "fetch_networks", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return tuple(value.lower().replace(",", " ").split()) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _beats_fit_the_lease(self) -> Self:
@@ -101,5 +115,10 @@ def from_environment(environment: Mapping[str, str] = os.environ, **given: Any) 
 
 def to_environment(settings: Settings) -> dict[str, str]:
     """The variables that give another process the same settings."""
-    values = settings.model_dump(exclude_none=True) | {"artifacts": os.pathsep.join(map(str, settings.artifacts))}
-    return {PREFIX + name.upper(): str(value) for name, value in values.items()}
+    values = settings.model_dump(exclude_none=True)
+    split_by = {"artifacts": os.pathsep}
+    texts = {
+        name: split_by.get(name, ",").join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for name, value in values.items()
+    }
+    return {PREFIX + name.upper(): text for name, text in texts.items()}

@@ -118,7 +118,7 @@ def test_a_prompt_becomes_a_film(client):
     assert [one["name"] for one in told[-1][1]["results"]] == ["video.mp4", "poster.jpg", "run.json"]
     assert frames(result(client, job, "video.mp4")).shape == (5, 32, 48, 3)
     record = json.loads(result(client, job, "run.json"))
-    assert record["inputs"] == asked | {"fps": 8, "guidance": 2.0, "negative_prompt": ""}
+    assert record["inputs"] == asked | {"fps": 8, "guidance": 2.0, "negative_prompt": "", "image": None}
 
 
 def test_pictures_become_a_scene(client):

@@ -336,7 +336,7 @@ def launch(
         BQ=block_q,
         BK=block_k,
         D=size,
-        DP=max(16, triton.next_power_of_2(size)),
+        DP=max(32 if q.dtype == torch.int8 else 16, triton.next_power_of_2(size)),  # a matrix unit's least
         num_warps=8 if block_q == 128 else 4,
     )
     return out

@@ -47,18 +47,40 @@ def block_map(
     return kept, counts
 
 
+def choose(
+    q_means: Tensor, k_means: Tensor, keep: int, forced: Tensor | None = None, whole: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same of means that are there already: float32 [B, H, rows, D] and [B, H, blocks, D]."""
+    if q_means.dim() != 4 or k_means.dim() != 4 or q_means.dtype != torch.float32 or k_means.dtype != torch.float32:
+        found = f"{q_means.dtype} {list(q_means.shape)} and {k_means.dtype} {list(k_means.shape)}"
+        raise ValueError(f"choose takes means as float32 [B, H, rows, D] and [B, H, blocks, D]; got {found}")
+    if keep < 1:
+        raise ValueError(f"choose keeps at least 1 block; got keep={keep}")
+    for name, mask, blocks in (("forced", forced, k_means.shape[2]), ("whole", whole, q_means.shape[2])):
+        if mask is not None and (mask.shape != (blocks,) or mask.dtype != torch.bool):
+            raise ValueError(f"choose: {name} is bool [{blocks}]; got {mask.dtype} {list(mask.shape)}")
+    kept, counts = _choose_op(q_means, k_means, min(keep, k_means.shape[2]), forced, whole)
+    return kept, counts
+
+
 def reference(
     q: Tensor, k: Tensor, keep: int, block_q: int, block_k: int, forced: Tensor | None, whole: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    scores = (_pooled(q, block_q) @ _pooled(k, block_k).mT).nan_to_num(nan=-math.inf)
+    return choose_reference(_pooled(q, block_q), _pooled(k, block_k), keep, forced, whole)
+
+
+def choose_reference(
+    q_means: Tensor, k_means: Tensor, keep: int, forced: Tensor | None, whole: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores = (q_means @ k_means.mT).nan_to_num(nan=-math.inf)
     blocks = scores.shape[3]
     if forced is not None:
         scores = scores.masked_fill(forced, math.inf)
     best = scores.sort(dim=3, descending=True, stable=True).indices[..., :keep].sort(dim=3).values
-    counts = torch.full(best.shape[:3], keep, dtype=torch.int32, device=q.device)
+    counts = torch.full(best.shape[:3], keep, dtype=torch.int32, device=best.device)
     if whole is not None:
         counts.masked_fill_(whole, blocks)
-        every = torch.arange(blocks, device=q.device)
+        every = torch.arange(blocks, device=best.device)
         best = torch.where(whole[:, None], every, pad(best, (0, blocks - keep)))
     return best.to(torch.int32), counts
 
@@ -133,11 +155,17 @@ def _select(
 def launch(
     q: Tensor, k: Tensor, keep: int, block_q: int, block_k: int, forced: Tensor | None, whole: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    scores = torch.matmul(_launch_pool(q, block_q), _launch_pool(k, block_k).mT)
+    return launch_choose(_launch_pool(q, block_q), _launch_pool(k, block_k), keep, forced, whole)
+
+
+def launch_choose(
+    q_means: Tensor, k_means: Tensor, keep: int, forced: Tensor | None, whole: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores = torch.matmul(q_means, k_means.mT)
     rows, blocks = scores.shape[2:]
     listed = keep if whole is None else blocks
-    kept = torch.empty(*scores.shape[:3], listed, dtype=torch.int32, device=q.device)
-    counts = torch.empty(scores.shape[:3], dtype=torch.int32, device=q.device)
+    kept = torch.empty(*scores.shape[:3], listed, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(scores.shape[:3], dtype=torch.int32, device=scores.device)
     masks = (None if m is None else m.to(torch.int8) for m in (forced, whole))
     _select[(counts.numel(),)](
         scores,
@@ -174,7 +202,17 @@ def _fake(
     return q.new_empty(*q.shape[:2], rows, keep if whole is None else blocks, dtype=torch.int32), counts
 
 
+def _fake_choose(
+    q_means: Tensor, k_means: Tensor, keep: int, forced: Tensor | None, whole: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    counts = q_means.new_empty(q_means.shape[:3], dtype=torch.int32)
+    return counts.new_empty(*counts.shape, keep if whole is None else k_means.shape[2]), counts
+
+
 # The reference is the fast version for a CPU as well: what it does is small beside reading q and k.
 _op = library.custom_op("quant_runtime::block_map", reference, mutates_args=())
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)
+_choose_op = library.custom_op("quant_runtime::choose_blocks", choose_reference, mutates_args=())
+_choose_op.register_kernel("cuda", launch_choose)
+_choose_op.register_fake(_fake_choose)

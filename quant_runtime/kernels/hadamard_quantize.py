@@ -73,8 +73,7 @@ def _kernel(
     tl.store(scale + rows, row_scale, mask=rows < M)
     for start in range(0, K, B):  # turning twice is cheaper than writing float32 out and reading it back
         turned = _turned(x, signs, factor, at, cols, start, inside, FACTOR, B, BP)
-        whole = quantize_rows.round_even(turned * inverse[:, None])
-        tl.store(q + at + start, whole.to(tl.int8), mask=inside)
+        tl.store(q + at + start, quantize_rows.whole(turned * inverse[:, None]), mask=inside)
 
 
 @jit

@@ -17,8 +17,6 @@ from quant_runtime.kernels import linear_w8a8, unpack
 from quant_runtime.kernels._cpu import scratch
 from quant_runtime.kernels._triton import jit, tl, triton
 
-FEW_ROWS = 64  # below 64 rows an int8 matmul on Hopper waits for its weights
-
 
 def linear_w4a8(
     x: Tensor,
@@ -27,12 +25,16 @@ def linear_w4a8(
     w_scale: Tensor,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
 ) -> Tensor:
     if x.dim() != 2 or x.dtype != torch.int8:
         raise ValueError(f"linear_w4a8 takes x as int8 [M, K]; got {x.dtype} {list(x.shape)}")
     unpack.check_packed("linear_w4a8", packed, x.shape[1], 4)
-    linear_w8a8.check_epilogue("linear_w4a8", x, packed.shape[0], x_scale, w_scale, bias, out_dtype)
-    out: Tensor = _op(x, packed, x_scale, w_scale, bias, out_dtype)
+    linear_w8a8.check_epilogue("linear_w4a8", x, packed.shape[0], x_scale, w_scale, bias, out_dtype, out)
+    if out is None:
+        y: Tensor = _op(x, packed, x_scale, w_scale, bias, out_dtype)
+        return y
+    _into(x, packed, x_scale, w_scale, bias, out)
     return out
 
 
@@ -95,19 +97,31 @@ def _halves(byte):
 
 
 def launch(
-    x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    x: Tensor,
+    packed: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    if x.shape[0] > FEW_ROWS:
+    if x.shape[0] > linear_w8a8.FEW_ROWS:
         w = unpack.launch(packed, x.shape[1], 4)
-        return linear_w8a8.launch(x, w, x_scale, w_scale, bias, out_dtype)
-    return launch_few_rows(x, packed, x_scale, w_scale, bias, out_dtype)
+        return linear_w8a8.launch(x, w, x_scale, w_scale, bias, out_dtype, out)
+    return launch_few_rows(x, packed, x_scale, w_scale, bias, out_dtype, out)
 
 
 def launch_few_rows(
-    x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    x: Tensor,
+    packed: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     (m, k), (n, half) = x.shape, packed.shape
-    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    y = torch.empty(m, n, dtype=out_dtype, device=x.device) if out is None else out
     bm, bn, bk = 16 if m <= 16 else 32, 64, 128
     operands = (x.contiguous(), packed.contiguous(), x_scale.contiguous(), w_scale.contiguous())
     grid = (triton.cdiv(n, bn), triton.cdiv(m, bm))
@@ -121,7 +135,20 @@ def _fake(
     return x.new_empty(x.shape[0], packed.shape[0], dtype=out_dtype)
 
 
+def _into_anywhere(
+    x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    version = on_cpu if out.device.type == "cpu" else reference
+    out.copy_(version(x, packed, x_scale, w_scale, bias, out.dtype))
+
+
+def _launch_into(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    launch(x, packed, x_scale, w_scale, bias, out.dtype, out)
+
+
 _op = library.custom_op("quant_runtime::linear_w4a8", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)
+_into = library.custom_op("quant_runtime::linear_w4a8_into", _into_anywhere, mutates_args=("out",))
+_into.register_kernel("cuda", _launch_into)

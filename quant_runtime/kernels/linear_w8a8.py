@@ -3,7 +3,8 @@
 x  int8 [M, K]      w  int8 [N, K]      y  [M, N] in out_dtype: float32, bfloat16 or float16
 x_scale  float32 [M], one per row       w_scale  float32 [N], one per output channel       bias  any float [N], or None
 
-The sums are int32: K is at most 131,072, whatever the operands hold.
+`out`, where it is given, is written to and returned: a contiguous [M, N] of out_dtype, such as some rows of what
+several layers fill together. The sums are int32: K is at most 131,072, whatever the operands hold.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, library
 
 from quant_runtime.kernels._cpu import operand, products, row_chunks, scratch
-from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._triton import TensorDescriptor, jit, processors, tl, triton
 
 LARGEST_K = 131_072  # 2**17 products of at most 2**14 fill an int32
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW_ROWS = 64  # up to here a small tile; the rest of the card waits for weights anyway
+WIDE = 1 << 24  # weights of more bytes are shared by more rows at a time, while half of a Hopper's cache holds them
 
 
 def linear_w8a8(
@@ -25,18 +28,29 @@ def linear_w8a8(
     w_scale: Tensor,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | None = None,
 ) -> Tensor:
     if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"linear_w8a8 takes x [M, K] and w [N, K]; got {list(x.shape)} and {list(w.shape)}")
     if x.dtype != torch.int8 or w.dtype != torch.int8:
         raise ValueError(f"linear_w8a8 takes x and w as int8; got {x.dtype} and {w.dtype}")
-    check_epilogue("linear_w8a8", x, w.shape[0], x_scale, w_scale, bias, out_dtype)
-    out: Tensor = _op(x, w, x_scale, w_scale, bias, out_dtype)
+    check_epilogue("linear_w8a8", x, w.shape[0], x_scale, w_scale, bias, out_dtype, out)
+    if out is None:
+        y: Tensor = _op(x, w, x_scale, w_scale, bias, out_dtype)
+        return y
+    _into(x, w, x_scale, w_scale, bias, out)
     return out
 
 
 def check_epilogue(
-    op: str, x: Tensor, n: int, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    op: str,
+    x: Tensor,
+    n: int,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    out: Tensor | None,
 ) -> None:
     if x_scale.shape != x.shape[:1] or w_scale.shape != (n,) or (bias is not None and bias.shape != (n,)):
         shapes = [None if t is None else list(t.shape) for t in (x_scale, w_scale, bias)]
@@ -45,6 +59,9 @@ def check_epilogue(
         raise ValueError(f"{op} takes its scales as float32; got {x_scale.dtype} and {w_scale.dtype}")
     if out_dtype not in OUT_DTYPES:
         raise ValueError(f"{op} answers in float32, bfloat16 or float16; got out_dtype={out_dtype}")
+    if out is not None and (out.shape != (x.shape[0], n) or out.dtype != out_dtype or not out.is_contiguous()):
+        found = f"{out.dtype} {list(out.shape)}, strides {out.stride()}"
+        raise ValueError(f"{op}: out is a contiguous {out_dtype} [{x.shape[0]}, {n}]; got {found}")
     if x.shape[1] > LARGEST_K:
         raise ValueError(f"{op} adds up at most {LARGEST_K} products in int32; got K={x.shape[1]}")
 
@@ -111,6 +128,37 @@ def _kernel(
 
 
 @jit
+def _persistent(
+    x,
+    w,
+    x_scale,
+    w_scale,
+    bias,
+    y,
+    M,
+    N,
+    K,
+    PROGRAMS,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One program a processor, block after block of y. x, w and y are descriptors: the copy engine reads and writes."""
+    row_blocks, col_blocks = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    for block in tl.range(tl.program_id(0), row_blocks * col_blocks, PROGRAMS, flatten=True):
+        row_block, col_block = neighbours(block, row_blocks, col_blocks, GROUP)
+        sums = tl.zeros((BM, BN), dtype=tl.int32)
+        for start in tl.range(0, K, BK):  # beyond an edge the copy engine reads zeros
+            a, b = x.load([row_block * BM, start]), w.load([col_block * BN, start])
+            sums = tl.dot(a, tl.trans(b), sums, out_dtype=tl.int32)
+        rows, cols = row_block * BM + tl.arange(0, BM), col_block * BN + tl.arange(0, BN)
+        out = scaled(sums, x_scale, w_scale, bias, rows, cols, M, N, BIAS)
+        y.store([row_block * BM, col_block * BN], out.to(y.dtype))
+
+
+@jit
 def neighbours(program, row_blocks, col_blocks, GROUP: tl.constexpr):
     """Which block of y a program makes: GROUP row blocks share their columns' weights while these are in cache."""
     per_group = GROUP * col_blocks
@@ -122,25 +170,51 @@ def neighbours(program, row_blocks, col_blocks, GROUP: tl.constexpr):
 @jit
 def store_scaled(sums, x_scale, w_scale, bias, y, rows, cols, M, N, BIAS: tl.constexpr):
     """One block of y: the scales of its rows and columns, the bias, one rounding."""
-    in_rows, in_cols = rows < M, cols < N
-    out = sums.to(tl.float32) * tl.load(w_scale + cols, mask=in_cols, other=0.0)[None, :]
-    out *= tl.load(x_scale + rows, mask=in_rows, other=0.0)[:, None]
-    if BIAS:
-        out += tl.load(bias + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    out = scaled(sums, x_scale, w_scale, bias, rows, cols, M, N, BIAS)
     y_block = y + rows.to(tl.int64)[:, None] * N + cols[None, :]
-    tl.store(y_block, out.to(y.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
+    tl.store(y_block, out.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
+
+
+@jit
+def scaled(sums, x_scale, w_scale, bias, rows, cols, M, N, BIAS: tl.constexpr):
+    out = sums.to(tl.float32) * tl.load(w_scale + cols, mask=cols < N, other=0.0)[None, :]
+    out *= tl.load(x_scale + rows, mask=rows < M, other=0.0)[:, None]
+    if BIAS:
+        out += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    return out
 
 
 def launch(
-    x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     (m, k), n = x.shape, w.shape[0]
-    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
-    bm, bn, bk, warps = (128, 128, 128, 8) if m > 64 else (32, 64, 128, 4)
+    y = torch.empty(m, n, dtype=out_dtype, device=x.device) if out is None else out
+    x, w, x_scale, w_scale = (t.contiguous() for t in (x, w, x_scale, w_scale))
+    if m > FEW_ROWS and _described(x, w, y):
+        bm, bn, bk = (128, 256, 128) if y.element_size() == 2 else (128, 128, 128)  # two tiles of y fill the memory
+        blocks = ((x, [bm, bk]), (w, [bn, bk]), (y, [bm, bn]))
+        dx, dw, dy = (TensorDescriptor.from_tensor(t, block) for t, block in blocks)
+        programs = min(processors(x.device), triton.cdiv(m, bm) * triton.cdiv(n, bn))
+        group = 16 if n * k > WIDE else 8
+        sizes = {"BM": bm, "BN": bn, "BK": bk, "GROUP": group, "num_warps": 8, "num_stages": 3}
+        _persistent[(programs,)](dx, dw, x_scale, w_scale, bias, dy, m, n, k, programs, BIAS=bias is not None, **sizes)
+        return y
+    bm, bn, bk, warps = (128, 128, 128, 8) if m > FEW_ROWS else (32, 64, 128, 4)
     grid = (triton.cdiv(m, bm) * triton.cdiv(n, bn),)
-    operands = (x.contiguous(), w.contiguous(), x_scale.contiguous(), w_scale.contiguous())
-    _kernel[grid](*operands, bias, y, m, n, k, BIAS=bias is not None, BM=bm, BN=bn, BK=bk, GROUP=8, num_warps=warps)
+    sizes = {"BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "num_warps": warps}
+    _kernel[grid](x, w, x_scale, w_scale, bias, y, m, n, k, BIAS=bias is not None, **sizes)
     return y
+
+
+def _described(*tensors: Tensor) -> bool:
+    """Whether the copy engine takes them: rows and beginnings at multiples of 16 bytes."""
+    return all(t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in tensors)
 
 
 def _fake(
@@ -149,8 +223,19 @@ def _fake(
     return x.new_empty(x.shape[0], w.shape[0], dtype=out_dtype)
 
 
+def _into_anywhere(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    version = on_cpu if out.device.type == "cpu" else reference
+    out.copy_(version(x, w, x_scale, w_scale, bias, out.dtype))
+
+
+def _launch_into(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    launch(x, w, x_scale, w_scale, bias, out.dtype, out)
+
+
 # PyTorch's dispatcher is the registry: the reference everywhere, the CPU's exact products there, Triton on CUDA.
 _op = library.custom_op("quant_runtime::linear_w8a8", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)
+_into = library.custom_op("quant_runtime::linear_w8a8_into", _into_anywhere, mutates_args=("out",))
+_into.register_kernel("cuda", _launch_into)

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from quant_runtime.kernels._cpu import scratch
 from quant_runtime.kernels._triton import jit, tl, triton
-from quant_runtime.kernels.quantize_rows import TINY, round_even
+from quant_runtime.kernels.quantize_rows import TINY, step, whole
 
 TOP = 127
 
@@ -44,7 +44,7 @@ def reference(x: Tensor, center: Tensor | None, share: int) -> tuple[Tensor, Ten
     x = x.float() if center is None else x.float() - center[:, :, None]
     tokens = x.shape[2]
     groups = pad(x, (0, 0, 0, -tokens % share)).unflatten(2, (-1, share))
-    scale = groups.abs().amax(dim=(3, 4)).clamp(min=TINY) / TOP
+    scale = step(groups.abs().amax(dim=(3, 4)), TOP)
     q = (groups * scale.reciprocal()[..., None, None]).round().to(torch.int8)
     return q.flatten(2, 3)[:, :, :tokens].contiguous(), scale
 
@@ -109,8 +109,7 @@ def _kernel(
     inverse = tl.math.div_rn(ones, group_scale)
     if SHARE > 1:
         inverse = tl.reshape(tl.broadcast_to(inverse[:, None], (BN // SHARE, SHARE)), (BN,))
-    whole = round_even(real * inverse[:, None])
-    tl.store(q + (head * N + n)[:, None] * D + d[None, :], whole.to(tl.int8), mask=inside)
+    tl.store(q + (head * N + n)[:, None] * D + d[None, :], whole(real * inverse[:, None]), mask=inside)
 
 
 def launch(x: Tensor, center: Tensor | None, share: int) -> tuple[Tensor, Tensor]:

@@ -38,8 +38,13 @@ def check_rows(op: str, x: Tensor, bits: int, factor: Tensor | None) -> None:
 
 def reference(x: Tensor, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     x = x.float() if factor is None else x.float() * factor
-    scale = x.abs().amax(dim=1).clamp(min=TINY) / (2 ** (bits - 1) - 1)
+    scale = step(x.abs().amax(dim=1), 2 ** (bits - 1) - 1)
     return (x * scale.reciprocal()[:, None]).round().to(torch.int8), scale
+
+
+def step(most: Tensor, top: float) -> Tensor:
+    """The scale of what is at most `most`: most / top, rounded once. By a plain number a GPU would not divide."""
+    return most.clamp(min=TINY) / torch.full_like(most, top)
 
 
 def on_cpu(x: Tensor, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,13 +89,16 @@ def _kernel(x, factor, q, scale, K, top, TINY: tl.constexpr, FACTOR: tl.constexp
         real = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)
         if FACTOR:
             real *= tl.load(factor + k, mask=k < K, other=0.0)
-        tl.store(q + row * K + k, round_even(real * inverse).to(tl.int8), mask=k < K)
+        tl.store(q + row * K + k, whole(real * inverse), mask=k < K)
 
 
 @jit
-def round_even(x):
-    """Half to even for |x| < 2**22: adding 1.5 * 2**23 leaves no bits below one."""
-    return (x + 12582912.0) - 12582912.0
+def whole(x):
+    """x as int8, half to even, for |x| <= 127: 1.5 * 2**23 leaves no bits below one, and its own end in zeros.
+
+    What a conversion does costs a GPU as much as an exponential.
+    """
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 def launch(x: Tensor, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,10 @@ class Policy(Hashable, Protocol):
         """What this call keeps, of q and k [B, H, N, D] in that order; None for everything."""
         ...
 
+    def blocks_by_means(self, q_means: Tensor, k_means: Tensor, call: AttentionCall, block: int) -> Blocks | None:
+        """The same, of the means of every `block` queries and keys, float32 [B, H, ceil(N / block), D]."""
+        ...
+
 
 def every_block(q: Tensor, k: Tensor, block: int) -> Blocks:
     """All blocks of all rows: dense attention, as lists."""

@@ -16,3 +16,6 @@ class Dense:
 
     def blocks(self, q: Tensor, k: Tensor, call: AttentionCall) -> Blocks | None:
         return None
+
+    def blocks_by_means(self, q_means: Tensor, k_means: Tensor, call: AttentionCall, block: int) -> Blocks | None:
+        return None

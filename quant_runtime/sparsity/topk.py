@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_runtime.kernels.block_map import block_map
+from quant_runtime.kernels import block_map
 from quant_runtime.sparsity.base import (
     LAYOUTS,
     AttentionCall,
@@ -48,10 +48,15 @@ class TopK:
         return _placeless_first(layout) if layout.special else None
 
     def blocks(self, q: Tensor, k: Tensor, call: AttentionCall) -> Blocks | None:
-        keep, forced, whole = _fixed(self, call.layout, q.device)
+        keep, forced, whole = _fixed(self, call.layout, self.block, q.device)
         keys = -(-k.shape[2] // self.block)
-        kept, counts = block_map(q, k, keep, self.block, self.block, forced, whole)
+        kept, counts = block_map.block_map(q, k, keep, self.block, self.block, forced, whole)
         return Blocks(kept, counts, self.block, self.block, keys)
+
+    def blocks_by_means(self, q_means: Tensor, k_means: Tensor, call: AttentionCall, block: int) -> Blocks | None:
+        keep, forced, whole = _fixed(self, call.layout, block, q_means.device)
+        kept, counts = block_map.choose(q_means, k_means, keep, forced, whole)
+        return Blocks(kept, counts, block, block, k_means.shape[2])
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
@@ -60,14 +65,16 @@ def _placeless_first(layout: TokenLayout) -> Tensor:
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
-def _fixed(policy: TopK, layout: TokenLayout, device: torch.device) -> tuple[int, Tensor | None, Tensor | None]:
+def _fixed(
+    policy: TopK, layout: TokenLayout, block: int, device: torch.device
+) -> tuple[int, Tensor | None, Tensor | None]:
     """What does not depend on q and k: blocks a row keeps, blocks every row keeps, rows that keep all."""
     order = policy.order(layout)
     free = placeless(layout) if order is None else placeless(layout)[order]
     always = free
     if policy.first_frame:
         always = free | (first_frame(layout) if order is None else first_frame(layout)[order])
-    forced, whole = blocks_with(always, policy.block), blocks_with(free, policy.block)
+    forced, whole = blocks_with(always, block), blocks_with(free, block)
 
     rows = len(whole)
     sparse_rows = rows - int(whole.sum())

@@ -22,11 +22,17 @@ from service.jobs import (
 )
 
 
-def accept_video(request: VideoRequest, info: ArtifactInfo) -> VideoTask:
-    """Raises ProblemError that names every field at fault, with a value near the given one that would do."""
+def accept_video(
+    request: VideoRequest, info: ArtifactInfo, image: bool = False, takers: Sequence[str] = ()
+) -> VideoTask:
+    """The task, its image still to be stored; `image` says whether one comes with the request.
+
+    Raises ProblemError that names every field at fault, with a value near the given one that would do; `takers` are the
+    artifacts that take an image.
+    """
     limits = info.limits
     assert isinstance(limits, VideoLimits)
-    given = request.model_dump(exclude_none=True, exclude={"artifact"})
+    given = request.model_dump(exclude_none=True, exclude={"artifact", "image"})
     defaults = limits.model_dump(include={"width", "height", "frames", "fps", "steps", "guidance"})
     drawn = {"seed": secrets.randbelow(MAX_SEED + 1), "negative_prompt": ""}
     task = VideoTask.model_validate(drawn | defaults | given | {"artifact": info.name})
@@ -37,6 +43,7 @@ def accept_video(request: VideoRequest, info: ArtifactInfo) -> VideoTask:
         *_side("height", task.height, limits),
         *_frames(task.frames, limits),
         *_range("steps", task.steps, 1, limits.max_steps),
+        *_image(image, info, takers),
     ]
     if not errors and task.width * task.height > limits.max_pixels:
         pixels = f"width × height must be at most {limits.max_pixels}, got {task.width} × {task.height}"
@@ -44,6 +51,11 @@ def accept_video(request: VideoRequest, info: ArtifactInfo) -> VideoTask:
     if errors:
         raise invalid(errors)
     return task
+
+
+def suits(info: ArtifactInfo, image: bool) -> bool:
+    """Whether a video artifact takes a request that comes with an image, or without one."""
+    return isinstance(info.limits, VideoLimits) and info.limits.image != ("none" if image else "required")
 
 
 def accept_scene(request: SceneRequest, info: ArtifactInfo, images: int | None) -> tuple[int, tuple[str, ...]]:
@@ -103,6 +115,15 @@ def _range(field: str, value: int, least: int, most: int) -> list[FieldError]:
     if least <= value <= most:
         return []
     return [FieldError(field=field, message=f"must be from {least} to {most}, got {value}")]
+
+
+def _image(given: bool, info: ArtifactInfo, takers: Sequence[str]) -> list[FieldError]:
+    if suits(info, given):
+        return []
+    if not given:
+        return [FieldError(field="image", message=f"is required: {info.name} films on from a picture")]
+    others = f"{', '.join(takers)} would do" if takers else "nor does any other artifact here"
+    return [FieldError(field="image", message=f"{info.name} takes no image; {others}")]
 
 
 def _around(value: int, step: int, offset: int, least: int, most: int) -> str:

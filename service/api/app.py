@@ -14,6 +14,7 @@ from service.api import problems
 from service.api.catalog import Catalog
 from service.api.deps import Service
 from service.api.door import Body, Counted, Door
+from service.api.fetch import Fetcher
 from service.api.routes import ROUTERS, generate, reconstruct
 from service.api.routes.jobs import AllSentError
 from service.api.upkeep import keep_up
@@ -32,7 +33,7 @@ class _App(FastAPI):
 def create_app(settings: Settings, queue: Queue, results: Results) -> FastAPI:
     """Reads the manifests in `settings.artifacts` now, and nothing else until the first request."""
     local = [found.info for found in artifacts.find(settings.artifacts)]
-    service = Service(settings, queue, results, Catalog(local, queue), Followers(queue))
+    service = Service(settings, queue, results, Catalog(local, queue), Followers(queue), Fetcher(settings))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -42,6 +43,7 @@ def create_app(settings: Settings, queue: Queue, results: Results) -> FastAPI:
         with suppress(asyncio.CancelledError):
             await upkeep
         await service.followers.close()
+        service.fetcher.close()
 
     app = _App(
         title="lowbit",
@@ -55,8 +57,8 @@ def create_app(settings: Settings, queue: Queue, results: Results) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router)
     bodies = {
-        generate.PATH: Body("application/json", settings.max_json_bytes),
-        reconstruct.PATH: Body("multipart/form-data", settings.max_upload_bytes),
+        generate.PATH: generate.bodies(settings),
+        reconstruct.PATH: (Body("multipart/form-data", settings.max_upload_bytes),),
     }
     app.add_middleware(Door, bodies=bodies, otherwise=settings.max_json_bytes)
     app.add_middleware(Counted)  # added last, it stands outermost: refusals at the door are counted too

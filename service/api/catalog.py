@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from service.api.problems import RETRY_SECONDS, ProblemError, invalid
 from service.jobs import ArtifactInfo, FieldError, Kind
@@ -30,10 +30,13 @@ class Catalog:
         others = sorted(self._published.keys() - self._local.keys())
         return tuple(self._published.get(name) or self._local[name] for name in (*self._local, *others))
 
-    async def choose(self, kind: Kind, name: str | None) -> ArtifactInfo:
+    async def choose(
+        self, kind: Kind, name: str | None, suits: Callable[[ArtifactInfo], bool] = lambda info: True
+    ) -> ArtifactInfo:
         """The named artifact; where none is named, the first of its kind that a living worker can run, else the first.
 
-        Raises ProblemError for a name that is none of that kind, and where no artifact of that kind is known.
+        Where none is named, those that suit go before all others. Raises ProblemError for a name that is none of that
+        kind, and where no artifact of that kind is known.
         """
         fitting = [info for info in await self.all() if info.kind == kind]
         if not fitting:
@@ -45,7 +48,8 @@ class Catalog:
                 headers={"Retry-After": str(RETRY_SECONDS)},
             )
         if name is None:
-            return next((info for info in fitting if info.workers), fitting[0])
+            suiting = [info for info in fitting if suits(info)] or fitting
+            return next((info for info in suiting if info.workers), suiting[0])
         for info in fitting:
             if info.name == name:
                 return info

@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Path, Request
 
 from service.api.catalog import Catalog
+from service.api.fetch import Fetcher
 from service.api.problems import ProblemError
 from service.jobs import JOB_ID, Job
 from service.queue.client import Queue
@@ -27,6 +28,7 @@ class Service:
     results: Results
     catalog: Catalog
     followers: Followers
+    fetcher: Fetcher
     looking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(FORMS_AT_ONCE))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -26,9 +26,9 @@ class Body:
 class Door:
     """Refuses a body of the wrong kind (415) or size (413): a chunked one, which states none, where it goes over."""
 
-    def __init__(self, app: ASGIApp, bodies: Mapping[str, Body], otherwise: int) -> None:
+    def __init__(self, app: ASGIApp, bodies: Mapping[str, Sequence[Body]], otherwise: int) -> None:
         self.app = app
-        self.bodies = bodies  # of POST, by path
+        self.bodies = bodies  # of POST, by path: one of these
         self.otherwise = otherwise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,9 +36,10 @@ class Door:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        body = self.bodies.get(scope["path"]) if scope["method"] == "POST" else None
+        bodies = self.bodies.get(scope["path"], ()) if scope["method"] == "POST" else ()
+        body = next((body for body in bodies if _is_of_kind(headers, body)), None)
         limit = body.max_bytes if body else self.otherwise
-        refusal = (_wrong_kind(headers, body) if body else None) or _too_long(headers, limit)
+        refusal = _wrong_kind(headers, bodies) if bodies and not body else _too_long(headers, limit)
         if refusal:
             metrics.jobs_rejected.labels(refusal.slug).inc()
             await refusal.response()(scope, receive, send)
@@ -57,14 +58,18 @@ class Door:
         await self.app(scope, counted, send)
 
 
-def _wrong_kind(headers: Headers, body: Body) -> ProblemError | None:
-    given = headers.get("content-type", "")
-    kind, *parameters = (part.strip().lower() for part in given.split(";"))
+def _is_of_kind(headers: Headers, body: Body) -> bool:
+    kind, *parameters = (part.strip().lower() for part in headers.get("content-type", "").split(";"))
     charsets = [part.partition("=")[2].strip('" ') for part in parameters if part.startswith("charset")]
-    if kind == body.media_type and set(charsets) <= _CHARSETS:
-        return None
-    detail = f"the body must be {body.media_type}, in UTF-8, got {ascii(given)[1:-1] or 'none'}"
-    return ProblemError("unsupported-media-type", detail, field="content-type")
+    return kind == body.media_type and set(charsets) <= _CHARSETS
+
+
+def _wrong_kind(headers: Headers, bodies: Sequence[Body]) -> ProblemError:
+    kinds = " or ".join(body.media_type for body in bodies)
+    given = ascii(headers.get("content-type", ""))[1:-1] or "none"
+    return ProblemError(
+        "unsupported-media-type", f"the body must be {kinds}, in UTF-8, got {given}", field="content-type"
+    )
 
 
 def _too_long(headers: Headers, limit: int) -> ProblemError | None:

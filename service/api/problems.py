@@ -8,12 +8,12 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from service import metrics
-from service.jobs import PROBLEM, FieldError, Problem, VideoRequest
+from service.jobs import PROBLEM, FieldError, Problem
 from service.queue.client import ConflictError, FullError, UnavailableError
 from service.results import StorageError
 
@@ -39,6 +39,7 @@ TYPES: Mapping[str, tuple[int, str]] = {
     "no-artifact": (503, "No artifact to run this with"),
     "queue-unavailable": (503, "The queue is unavailable"),
     "storage-unavailable": (503, "The results store is unavailable"),
+    "too-many-fetches": (503, "Too many images are being fetched"),
 }
 _OF_STATUS = {400: "malformed-body", 404: "not-found", 405: "method-not-allowed", 413: "body-too-large"}
 
@@ -80,9 +81,10 @@ def invalid(errors: Iterable[FieldError]) -> ProblemError:
     return ProblemError("invalid-request", detail, errors=errors)
 
 
-def field_errors(found: Iterable[Mapping[str, Any]], model: type[BaseModel]) -> list[FieldError]:
-    """pydantic's errors in our words; `model` is what was asked for."""
-    return [FieldError(field=_field(error["loc"]), message=_message(error, model)) for error in found]
+def field_errors(found: Iterable[Mapping[str, Any]], fields: Iterable[str] = ()) -> list[FieldError]:
+    """pydantic's errors in our words; `fields` are those of a body, for one that is none of them."""
+    known = ", ".join(fields)
+    return [FieldError(field=_field(error["loc"]), message=_message(error, known)) for error in found]
 
 
 def _field(loc: tuple[int | str, ...]) -> str:
@@ -90,10 +92,10 @@ def _field(loc: tuple[int | str, ...]) -> str:
     return ".".join(str(name) for name in names) or "body"
 
 
-def _message(error: Mapping[str, Any], model: type[BaseModel]) -> str:
+def _message(error: Mapping[str, Any], known: str) -> str:
     match error["type"]:
         case "extra_forbidden":
-            return f"is not a field of this request; its fields are {', '.join(model.model_fields)}"
+            return f"is not a field of this request; its fields are {known}"
         case "missing":
             return "is required"
         case "value_error":
@@ -114,6 +116,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ProblemError, _answer)
     app.add_exception_handler(RequestValidationError, _answer)
     app.add_exception_handler(HTTPException, _answer)
+    app.add_exception_handler(ClientDisconnect, _answer)
     app.add_exception_handler(UnavailableError, _answer)
     app.add_exception_handler(StorageError, _answer)
     app.add_exception_handler(ConflictError, _answer)
@@ -134,7 +137,9 @@ def problem_of(error: Exception, request: Request) -> ProblemError:
         case ProblemError():
             return error
         case RequestValidationError():
-            return _of_validation(error)
+            return invalid(field_errors(error.errors()))
+        case ClientDisconnect():
+            return ProblemError("malformed-body", "the connection ended before the body did", field="body")
         case ConflictError():
             return ProblemError("idempotency-conflict", str(error), field="idempotency-key")
         case FullError():
@@ -149,19 +154,10 @@ def problem_of(error: Exception, request: Request) -> ProblemError:
             return ProblemError("storage-unavailable", "the results store does not answer; try again", headers=wait)
         case HTTPException(status_code=status) if status in _OF_STATUS:
             detail = _http_detail(error, request)
-            return ProblemError(_OF_STATUS[status], detail, field=_http_field(error), headers=error.headers)
+            return ProblemError(_OF_STATUS[status], detail, field=_http_field(error, request), headers=error.headers)
         case _:
             _log.error("internal_error", path=request.url.path, exc_info=error)
             return ProblemError("internal", "this is a fault of the service; its log has the reason")
-
-
-def _of_validation(error: RequestValidationError) -> ProblemError:
-    found = error.errors()
-    broken = [one for one in found if one["type"] == "json_invalid"]
-    if broken:
-        detail = f"not JSON: {broken[0]['ctx']['error']} at byte {broken[0]['loc'][-1]}"
-        return ProblemError("malformed-body", detail, field="body")
-    return invalid(field_errors(found, VideoRequest))
 
 
 def _http_detail(error: HTTPException, request: Request) -> str:
@@ -175,10 +171,12 @@ def _http_detail(error: HTTPException, request: Request) -> str:
             return str(error.detail)
 
 
-def _http_field(error: HTTPException) -> str | None:
+def _http_field(error: HTTPException, request: Request) -> str | None:
     if error.status_code not in (400, 413):
         return None
-    return "images" if "Too many files" in str(error.detail) else "body"  # starlette counts files as it reads a form
+    if "Too many files" in str(error.detail):  # starlette counts them as it reads a form
+        return "images" if request.url.path.startswith("/reconstruct/") else "image"
+    return "body"
 
 
 # How the answers show in OpenAPI

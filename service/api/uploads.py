@@ -1,8 +1,11 @@
-"""What can be told of an uploaded file from its first bytes, without decoding it: that is the worker's business."""
+"""What can be told of a file from its first bytes, without decoding it: that is the worker's business."""
 
 from __future__ import annotations
 
+import binascii
+import re
 import struct
+from tempfile import SpooledTemporaryFile
 from typing import IO
 
 from PIL import Image, UnidentifiedImageError
@@ -20,11 +23,18 @@ _BROKEN = (
     struct.error,
 )
 
+_DATA_URI = re.compile(r"data:image/(jpeg|png|webp);base64,", re.IGNORECASE)
+
 SUFFIX = {"image/jpeg": "jpg", "image/png": "png", "image/webp": "webp", "video/mp4": "mp4", "video/webm": "webm"}
 
 
 class RefusedError(ValueError):
     """Says what the file is, and what would have done."""
+
+
+def spooled(in_memory: int) -> IO[bytes]:
+    """A file that is in memory until it has more bytes than that, then on the disk. Closing it removes it."""
+    return SpooledTemporaryFile(in_memory)
 
 
 def image_type(file: IO[bytes], max_pixels: int) -> str:
@@ -63,3 +73,17 @@ def video_type(file: IO[bytes]) -> str:
     if head[:4] == b"\x1aE\xdf\xa3":
         return "video/webm"
     raise RefusedError("is empty" if not head else "is not an MP4, MOV, WebM or Matroska video")
+
+
+def data_uri(text: str, max_bytes: int) -> bytes:
+    """The file inside a data URI. What kind it really is, image_type says."""
+    head = _DATA_URI.match(text)
+    if head is None:
+        raise RefusedError("is a data URI of another kind than data:image/jpeg;base64, (or png, or webp)")
+    size = (len(text) - head.end()) // 4 * 3 - text.count("=", -2)
+    if size > max_bytes:
+        raise RefusedError(f"has {size} bytes; at most {max_bytes} are taken")
+    try:
+        return binascii.a2b_base64(text[head.end() :], strict_mode=True)
+    except ValueError as error:
+        raise RefusedError(f"is not in base64: {error}") from error

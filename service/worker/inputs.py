@@ -1,4 +1,4 @@
-"""A task's uploads become what a generator takes: images, upright and in plain RGB, as PNG files in the job's folder.
+"""A task's uploads become what a generator takes: images, upright and in opaque RGB, as PNG files in the job's folder.
 
 An upload is a stranger's file. Only the formats that the API let in are ever tried, sizes are checked before pixels are
 decoded, and a video is opened as what it was taken for: ffmpeg would else follow a playlist to other files and hosts.
@@ -30,20 +30,29 @@ _BROKEN = (
 )
 
 
-def decode_image(source: Path, target: Path, number: int, max_pixels: int) -> None:
-    """Writes `source` to `target` as PNG, turned as its EXIF says. `number` is its place in the request, from 1."""
+def decode_image(source: Path, target: Path, max_pixels: int, field: str, name: str) -> None:
+    """Writes `source` to `target` as PNG, turned as its EXIF says; what shines through shows white.
+
+    `field` and `name` are what a refusal calls it: images, image 3.
+    """
     try:
         with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise BadInput("images", f"image {number} has more than {max_pixels} pixels")
-            upright: Image.Image = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 8
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            upright.convert("RGB").save(target, "PNG", compress_level=1)
+                raise BadInput(field, f"{name} has more than {max_pixels} pixels")
+            _opaque(ImageOps.exif_transpose(image)).save(target, "PNG", compress_level=1)
     except BadInput:
         raise
     except _BROKEN as error:
-        raise BadInput("images", f"image {number} cannot be decoded: {error}") from error
+        raise BadInput(field, f"{name} cannot be decoded: {error}") from error
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 8
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def sample_video(source: Path, media_type: str, folder: Path, views: int, settings: Settings) -> tuple[Path, ...]:

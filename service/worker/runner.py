@@ -34,6 +34,7 @@ from service.jobs import (
     Result,
     SceneLimits,
     SceneTask,
+    Upload,
     VideoTask,
     failure,
     result_url,
@@ -130,7 +131,8 @@ class Runner:
     async def _inputs(self, job: Job, folder: Path) -> VideoInputs | SceneInputs:
         match job.request:
             case VideoTask() as task:
-                return VideoInputs(**task.model_dump(exclude={"artifact"}))
+                image = await self._decoded(task.image, folder / "image", "image", "the image") if task.image else None
+                return VideoInputs(**task.model_dump(exclude={"artifact", "image"}), image=image)
             case SceneTask() as task:
                 images = await self._views(task, folder)
                 metrics.recon_frames.labels(job.artifact).observe(len(images))
@@ -138,13 +140,9 @@ class Runner:
 
     async def _views(self, task: SceneTask, folder: Path) -> tuple[Path, ...]:
         if task.video is None:
-            paths = []
-            for number, upload in enumerate(task.images):
-                raw, path = folder / f"{number:03d}.raw", folder / f"{number:03d}.png"
-                await self._results.fetch(upload.path, raw, upload.sha256)
-                await asyncio.to_thread(decode_image, raw, path, number + 1, self._settings.max_image_pixels)
-                paths.append(path)
-            return tuple(paths)
+            numbered = enumerate(task.images)
+            views = [await self._decoded(one, folder / f"{i:03d}", "images", f"image {i + 1}") for i, one in numbered]
+            return tuple(views)
         raw = folder / "video.raw"
         try:
             await self._results.fetch(task.video.path, raw, task.video.sha256)
@@ -153,12 +151,18 @@ class Runner:
                 raise
             raise BadInput("job", f"the video of job {task.job} is no longer kept") from error
         kind, most = task.video.type, task.max_views
-        paths_ = await asyncio.to_thread(sample_video, raw, kind, folder, most, self._settings)
+        paths = await asyncio.to_thread(sample_video, raw, kind, folder, most, self._settings)
         limits = self.infos[task.artifact].limits
         assert isinstance(limits, SceneLimits)
-        if len(paths_) < limits.min_views:
-            raise BadInput("video", f"has {len(paths_)} frames; at least {limits.min_views} are needed")
-        return paths_
+        if len(paths) < limits.min_views:
+            raise BadInput("video", f"has {len(paths)} frames; at least {limits.min_views} are needed")
+        return paths
+
+    async def _decoded(self, upload: Upload, stem: Path, field: str, name: str) -> Path:
+        raw, path = stem.with_suffix(".raw"), stem.with_suffix(".png")
+        await self._results.fetch(upload.path, raw, upload.sha256)
+        await asyncio.to_thread(decode_image, raw, path, self._settings.max_image_pixels, field, name)
+        return path
 
     def _switch(self, name: str) -> None:
         self._unload()  # before the next one is loaded: both may not fit

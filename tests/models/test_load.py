@@ -98,8 +98,8 @@ PROGRAM = """
         model = load.load(folder, "cpu")
     else:
         manifest = artifact.read_manifest(folder)
-        digests = {Path(name).name: digest for name, digest in artifact.weights(manifest, "transformer").items()}
-        network = registry.family("wan").network(folder, sys.argv[2], torch.bfloat16, digests)
+        digests = artifact.weights(manifest, "transformer")
+        network = registry.family("wan").network(folder, "transformer", sys.argv[2], torch.bfloat16, digests)
         assert {its.device.type for its in network.state_dict().values()} == {sys.argv[2]}
     print(json.dumps([before, held("VmHWM:")]))
 """

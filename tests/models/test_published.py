@@ -31,6 +31,10 @@ def test_parameters_are_those_that_it_says(published):
     [
         ("wan-2.1-1.3b", 0.701, 3.77),
         ("wan-2.1-14b", 6.994, 3.81),
+        ("wan-2.1-i2v-14b", 7.990, 3.82),
+        ("wan-2.2-t2v-a14b", 6.994, 3.81),  # of each expert
+        ("wan-2.2-i2v-a14b", 6.995, 3.80),
+        ("wan-2.2-ti2v-5b", 2.462, 3.78),
         ("hunyuan-video", 6.489, 3.68),
         ("cogvideox-2b", 0.810, 3.90),
         ("cogvideox-5b", 2.631, 3.94),

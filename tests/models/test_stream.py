@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import compress, load, registry, stream
+from models import compress, load, stream
 from models.base import VideoInputs
 from models.compress import Recipe
 from models.wan import Wan
@@ -20,6 +20,7 @@ from quant_runtime import artifact
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W4A8, W8A8, W16A16
 from quant_runtime.methods import Keep, QuaRot, Rtn, SmoothQuant
+from tests.models.films import CASES
 
 KILLS = 20
 INPUTS = VideoInputs(prompt="a red ball", width=96, height=64, frames=9, fps=8, steps=2, guidance=2.0, seed=0)
@@ -97,20 +98,82 @@ def test_layer_by_layer_comes_out_what_comes_out_of_the_whole(checkpoint, whole,
     assert not left(tmp_path / "b")
 
 
-@pytest.mark.parametrize("name", ["hunyuan_video", "cogvideox"])
-def test_other_families_go_layer_by_layer_too(name, tmp_path):
-    family = registry.family(name)
-    family.tiny(tmp_path / "checkpoint")
+def both(case, folder):
+    """The same by the whole and layer by layer: their manifests."""
+    case.tiny(folder / "checkpoint")
+    given, words = (case.family, folder / "checkpoint"), {"base": "tiny", "device": "cpu"}
     recipe = Recipe(format=W4A8, judging_samples=0)
-    words = {"base": "tiny", "device": "cpu"}
-    compress.compress(family, tmp_path / "checkpoint", recipe, tmp_path / "a", on_progress=lambda *_: None, **words)
-    stream.compress(
-        family, tmp_path / "checkpoint", Rtn(), W4A8, AttentionPlan(), tmp_path / "b", on_bytes=lambda *_: None, **words
-    )
-    one, other = (load_file(tmp_path / x / "transformer" / "diffusion_pytorch_model.safetensors") for x in "ab")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    whole = compress.compress(*given, recipe, folder / "a", on_progress=lambda *_: None, **words)
+    last = {"on_bytes": lambda *_: None, **words}
+    return whole, stream.compress(*given, Rtn(), W4A8, AttentionPlan(), folder / "b", **last)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("wan-t2v", "wan-ti2v-5b")])
+def test_other_families_go_layer_by_layer_too(name, tmp_path):
+    made = both(CASES[name], tmp_path)
+    assert [*made[0].layers] == [*made[1].layers]
+    assert made[0].layer_bytes() == made[1].layer_bytes()
+    for component in CASES[name].family.components(tmp_path / "b"):
+        one, other = (load_file(tmp_path / x / component / "diffusion_pytorch_model.safetensors") for x in "ab")
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
     load.load(tmp_path / "b", "cpu")  # every hash and every tensor in its place
+
+
+def test_norms_of_no_use_that_published_checkpoints_hold_are_left_behind(tmp_path):
+    """diffusers' WanTransformer3DModel passes over `norm_added_q`."""
+    case = CASES["wan-i2v"]
+    case.tiny(tmp_path / "checkpoint")
+    weights = tmp_path / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    own = set(tensors)
+    useless = {
+        key.replace("_added_k", "_added_q"): tensor.clone() for key, tensor in tensors.items() if "norm_added_k" in key
+    }
+    assert useless
+    save_file(tensors | useless, weights)
+    case.family.load(tmp_path / "checkpoint", "cpu", torch.float32)
+    given, words = (case.family, tmp_path / "checkpoint"), {"base": "tiny", "device": "cpu"}
+    stream.compress(*given, Rtn(), W16A16, AttentionPlan(), tmp_path / "out", on_bytes=lambda *_: None, **words)
+    assert set(load_file(tmp_path / "out" / "transformer" / weights.name)) == own
+
+
+def test_killed_inside_the_second_expert_it_goes_on_there(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(done, of):
+        if done > 0.52 * of:
+            raise Killed
+
+    case = CASES["wan-t2v-a14b"]
+    case.tiny(tmp_path / "checkpoint")
+    words = {"base": "tiny", "device": "cpu", "sync_bytes": 1}
+    given = (case.family, tmp_path / "checkpoint", Rtn(), W4A8, AttentionPlan())
+    want = stream.compress(*given, tmp_path / "want", on_bytes=lambda *_: None, **words)
+    with pytest.raises(Killed):
+        stream.compress(*given, tmp_path / "out", on_bytes=die, **words)
+    rounded = []
+    quantize = Rtn.quantize
+    monkeypatch.setattr(Rtn, "quantize", lambda *args: rounded.append(1) or quantize(*args))
+    made = stream.compress(*given, tmp_path / "out", on_bytes=lambda *_: None, **words)
+    assert 0 < len(rounded) < len(made.layers) / 2
+    assert made.model_dump() == want.model_dump()
+    assert artifact.verify(tmp_path / "out")
+    assert not left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("expert", ["transformer", "transformer_2"])
+def test_a_damaged_expert_is_named(tmp_path, expert):
+    case = CASES["wan-t2v-a14b"]
+    case.tiny(tmp_path / "checkpoint")
+    weights = tmp_path / "checkpoint" / expert / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=f"{expert}/diffusion_pytorch_model.safetensors has .* it is not whole"):
+        stream.compress(
+            case.family, tmp_path / "checkpoint", Rtn(), W4A8, AttentionPlan(), tmp_path / "out",
+            base="tiny", device="cpu", on_bytes=lambda *_: None,
+        )  # fmt: skip
 
 
 def test_the_layers_of_the_manifest_add_up_to_the_file(checkpoint, tmp_path):

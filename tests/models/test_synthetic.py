@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from models import registry, stream, synthetic
+from models.published import PUBLISHED
 from quant_runtime import artifact
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W4A8
@@ -121,6 +122,36 @@ def test_every_byte_is_told(tmp_path):
     synthetic.write(replace(WAN, dtype=torch.bfloat16), tmp_path / "c", lambda done, of: told.append((done, of)))
     index = json.loads((tmp_path / "c" / "transformer" / f"{NAME}.safetensors.index.json").read_text())
     assert told[-1] == (index["metadata"]["total_size"],) * 2
+
+
+def test_two_experts_come_in_two_folders_and_are_not_the_same(tmp_path):
+    told = []
+    published = replace(WAN, networks=2, index={"boundary_ratio": 0.875})
+    synthetic.write(published, tmp_path / "c", lambda done, of: told.append((done, of)))
+    assert json.loads((tmp_path / "c" / "model_index.json").read_text())["boundary_ratio"] == 0.875
+    names = ("transformer", "transformer_2")
+    assert registry.family("wan").components(tmp_path / "c") == names
+    first, second = (load_file(min((tmp_path / "c" / name).glob("*.safetensors"))) for name in names)
+    assert first.keys() == second.keys()
+    assert not any(torch.equal(first[key], second[key]) for key in first)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1][0] == told[-1][1]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_published_checkpoint_is_one_that_its_family_compresses(tmp_path, monkeypatch, name):
+    """Its configs, without weights."""
+
+    def empty(network, folder, *_):
+        folder.mkdir()
+        network.save_config(folder)
+
+    monkeypatch.setattr(synthetic, "write_network", empty)
+    synthetic.write(PUBLISHED[name], tmp_path / "c", nothing)
+    family = registry.family_of(tmp_path / "c")
+    assert family.name == PUBLISHED[name].family
+    family.check(tmp_path / "c")
+    assert len(family.components(tmp_path / "c")) == PUBLISHED[name].networks
 
 
 def test_it_becomes_an_artifact_layer_by_layer(made, tmp_path):

@@ -47,7 +47,7 @@ def same(one, other):
 @pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox"])
 def test_a_transformer_is_loaded_as_diffusers_loads_it(tiny, name, dtype):
     family = registry.family(name)
-    got = family.network(tiny / name, "cpu", dtype)
+    got = family.network(tiny / name, "transformer", "cpu", dtype)
     assert same(got, family.transformer.from_pretrained(tiny / name, subfolder="transformer", dtype=dtype))
     assert not got.training
     assert not any(parameter.requires_grad for parameter in got.parameters())
@@ -58,7 +58,7 @@ def test_places_that_no_file_holds_are_there(tiny, tmp_path):
     config = CogVideoXTransformer3DModel.load_config(tiny / "cogvideox" / "transformer")
     network = CogVideoXTransformer3DModel.from_config(config | {"use_rotary_positional_embeddings": False})
     network.save_pretrained(tmp_path / "transformer")
-    got = registry.family("cogvideox").network(tmp_path, "cpu", torch.float32)
+    got = registry.family("cogvideox").network(tmp_path, "transformer", "cpu", torch.float32)
     assert got.patch_embed.pos_embedding.abs().sum() > 0
     assert same(got, network)
 

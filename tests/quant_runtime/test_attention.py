@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from quant_runtime.attention import AttentionPlan, AttentionState, attend, describe_paths
+from quant_runtime.attention import AttentionPlan, AttentionState, SharedState, attend, describe_paths
 from quant_runtime.kernels._cpu import cpu_int8_path
 from quant_runtime.sparsity.base import AttentionCall, TokenLayout
 from quant_runtime.sparsity.dense import Dense
@@ -102,6 +102,24 @@ def test_the_effective_density_counts_dense_steps(device):
     state.start(steps=2)
     with pytest.raises(ValueError, match="no attention call"):
         state.density()
+
+
+def test_networks_that_take_turns_have_a_density_each_and_one_together(device):
+    q, k, v = qkv(VIDEO, device)
+    plan = AttentionPlan(TopK(0.4), warmup=0.25)
+    states = {name: AttentionState(plan) for name in ("first", "second", "idle")}
+    together = SharedState(states)
+    together.start(steps=4)
+    for step in range(4):
+        together.at(step)
+        attend(q, k, v, layer=0, layout=VIDEO, state=states["first" if step < 3 else "second"])
+    found = together.density()
+    assert found.networks == {"first": pytest.approx((1 + 2 * 2 / 5) / 3), "second": pytest.approx(2 / 5)}
+    assert found.effective == pytest.approx((1 + 3 * 2 / 5) / 4)
+    assert found.sparse == pytest.approx(2 / 5)
+    together.start(steps=2)
+    with pytest.raises(ValueError, match="no attention call"):
+        together.density()
 
 
 def test_a_layout_of_other_tokens_is_refused(device):

@@ -31,8 +31,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
 def settings(tmp_path: Path) -> Settings:
     return Settings(
         queue_prefix=new_id(), data=tmp_path / "data", artifacts=(tmp_path / "artifacts",), device="cpu",
-        metrics_port=0, max_upload_bytes=2**20, lease_seconds=2, beat_seconds=0.5, stall_seconds=20, drain_seconds=5,
-        backoff_seconds=0.05, backoff_max_seconds=0.1,
+        metrics_port=0, max_upload_bytes=2**20, max_start_image_bytes=2**16, lease_seconds=2, beat_seconds=0.5,
+        stall_seconds=20, drain_seconds=5, backoff_seconds=0.05, backoff_max_seconds=0.1,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import uvicorn
@@ -48,8 +48,9 @@ def scene_task(artifact: str = "room") -> SceneTask:
     return SceneTask(artifact=artifact, max_views=4, formats=("glb",), images=(image, image))
 
 
-def film(name: str = "film") -> ArtifactInfo:
-    return ArtifactInfo(name=name, kind="video", family="wan", bits="W4A8", density=0.25, bytes=10, limits=VIDEO_LIMITS)
+def film(name: str = "film", image: Literal["none", "optional", "required"] = "none") -> ArtifactInfo:
+    limits = VIDEO_LIMITS.model_copy(update={"image": image})
+    return ArtifactInfo(name=name, kind="video", family="wan", bits="W4A8", density=0.25, bytes=10, limits=limits)
 
 
 def room(name: str = "room") -> ArtifactInfo:

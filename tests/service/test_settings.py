@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,33 @@ def test_a_misspelled_setting_stops_the_start():
 
 
 @pytest.mark.parametrize(
-    "change", [{"lease_seconds": 10, "beat_seconds": 6}, {"max_attempts": 0}, {"port": 70000}, {"queue_prefix": "a{b}"}]
+    "change",
+    [
+        {"lease_seconds": 10, "beat_seconds": 6},
+        {"max_attempts": 0},
+        {"port": 70000},
+        {"queue_prefix": "a{b}"},
+        {"fetch_hosts": "https://images.example.org"},
+        {"fetch_hosts": "images.*"},
+        {"fetch_networks": "10.0.0.1/8"},
+        {"fetch_ports": "0"},
+    ],
 )
 def test_a_value_that_cannot_work_stops_the_start(change):
     with pytest.raises(ValidationError):
         Settings(**change)
+
+
+def test_lists_are_split_and_go_to_another_process_whole(monkeypatch):
+    monkeypatch.setenv("LOWBIT_FETCH_HOSTS", "Images.example.org, *.cdn.example.net")
+    monkeypatch.setenv("LOWBIT_FETCH_NETWORKS", "10.1.0.0/16,fd00:1::/32")
+    monkeypatch.setenv("LOWBIT_FETCH_PORTS", "443,9000")
+    monkeypatch.setenv("LOWBIT_ARTIFACTS", "/a,1:/b")
+    settings = from_environment()
+    assert settings.fetch_hosts == ("images.example.org", "*.cdn.example.net")
+    assert settings.fetch_networks == (ip_network("10.1.0.0/16"), ip_network("fd00:1::/32"))
+    assert (settings.fetch_ports, settings.artifacts) == ((443, 9000), (Path("/a,1"), Path("/b")))
+    environment = to_environment(settings)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert from_environment() == settings

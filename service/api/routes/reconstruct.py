@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from service import metrics
+from service.api import intake
 from service.api.accept import accept_scene, fingerprint
 from service.api.deps import IdempotencyKey, Service, TheService
+from service.api.intake import Incoming
 from service.api.problems import field_errors, invalid, responses
 from service.api.routes.generate import REFUSALS
-from service.api.uploads import SUFFIX, RefusedError, image_type, video_type
+from service.api.uploads import RefusedError, image_type, video_type
 from service.jobs import FieldError, Job, JobStatus, SceneRequest, SceneTask, Upload
 from service.queue.client import Idempotency
-from service.results import digest, result_path, upload_path
+from service.results import result_path
 
 PATH = "/reconstruct/3d"
 MOST_FILES = 512  # of one form; the artifact's own limit is far below
@@ -54,16 +53,6 @@ _BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"
 router = APIRouter(tags=["generate"])
 
 
-@dataclass(frozen=True)
-class _File:
-    """An upload that passed its looks, not yet stored."""
-
-    content: UploadFile
-    name: str
-    type: str
-    sha256: str
-
-
 @router.post(PATH, status_code=202, responses=responses(*REFUSALS, "storage-unavailable"), openapi_extra=_BODY)
 async def reconstruct_3d(http: Request, response: Response, key: IdempotencyKey, service: TheService) -> Job:
     """Queue a reconstruction from images, from a video, or from the video that another job has made."""
@@ -77,22 +66,19 @@ async def reconstruct_3d(http: Request, response: Response, key: IdempotencyKey,
 
         submission = await service.queue.precheck(info.name, idempotency)
         if submission is None:
-            job_id = uuid.uuid4().hex
             made = await _made_by(request.job, service) if request.job else None
-            if files:
-                await service.queue.reserve(job_id)  # should this end here, they are removed all the same
-            uploads = [await _store(file, job_id, service) for file in files]
-            task = SceneTask(
-                artifact=info.name,
-                max_views=max_views,
-                formats=formats,
-                images=tuple(uploads) if images else (),
-                video=made or (uploads[0] if videos else None),
-                job=request.job,
-            )
-            submission = await service.queue.enqueue(job_id, "scene", task, idempotency)
-            if files and submission.job.id != job_id:  # another with the same key was faster
-                await service.results.remove(f"uploads/{job_id}")
+
+            def task(uploads: tuple[Upload, ...]) -> SceneTask:
+                return SceneTask(
+                    artifact=info.name,
+                    max_views=max_views,
+                    formats=formats,
+                    images=uploads if images else (),
+                    video=made or (uploads[0] if videos else None),
+                    job=request.job,
+                )
+
+            submission = await intake.enqueue("scene", files, task, idempotency, service)
     if submission.created:
         metrics.jobs_submitted.labels("scene", info.name).inc()
     response.headers["Location"] = f"/jobs/{submission.job.id}"
@@ -123,7 +109,7 @@ def _read(form: FormData) -> tuple[SceneRequest, list[UploadFile], list[UploadFi
     try:
         request = SceneRequest.model_validate(fields)
     except ValidationError as error:
-        errors += field_errors(error.errors(), SceneRequest)
+        errors += field_errors(error.errors(), SceneRequest.model_fields)
     if len(files["video"]) > 1:
         errors.append(FieldError(field="video", message=f"takes one file, got {len(files['video'])}"))
     sources = [name for name in ("images", "video", "job") if files.get(name) or fields.get(name)]
@@ -139,32 +125,24 @@ def _read(form: FormData) -> tuple[SceneRequest, list[UploadFile], list[UploadFi
     return request, files["images"], files["video"]
 
 
-async def _looked_at(images: Sequence[UploadFile], videos: Sequence[UploadFile], service: Service) -> list[_File]:
+async def _looked_at(images: Sequence[UploadFile], videos: Sequence[UploadFile], service: Service) -> list[Incoming]:
     errors: list[FieldError] = []
-    found: list[_File] = []
+    found: list[Incoming] = []
+
+    def kind_of(file: IO[bytes]) -> str:
+        return image_type(file, service.settings.max_image_pixels) if images else video_type(file)
+
     async with service.looking:
         for number, content in enumerate((*images, *videos)):
             try:
-                if images:
-                    kind = await asyncio.to_thread(image_type, content.file, service.settings.max_image_pixels)
-                else:
-                    kind = await asyncio.to_thread(video_type, content.file)
+                found.append(await intake.look(content.file, f"{number:03d}", kind_of))
             except RefusedError as error:
                 which = f"image {number + 1} of {len(images)}" if images else "the file"
                 refused = f"{which} ({ascii(content.filename)[:60]}) {error}"
                 errors.append(FieldError(field="images" if images else "video", message=refused))
-                continue
-            sha256 = (await asyncio.to_thread(digest, content.file)).sha256
-            found.append(_File(content, f"{number:03d}.{SUFFIX[kind]}", kind, sha256))
     if errors:
         raise invalid(errors)
     return found
-
-
-async def _store(file: _File, job_id: str, service: Service) -> Upload:
-    path = upload_path(job_id, file.name)
-    stored = await service.results.put(path, file.content.file)
-    return Upload(path=path, type=file.type, bytes=stored.bytes, sha256=stored.sha256)
 
 
 async def _made_by(job_id: str, service: Service) -> Upload:

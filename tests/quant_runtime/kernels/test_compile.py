@@ -18,16 +18,20 @@ import torch
 from quant_runtime.formats import pack
 from quant_runtime.kernels import (
     attention_blocks,
+    attention_fp8,
     block_map,
+    gelu_quantize,
     hadamard,
     hadamard_quantize,
     linear_w4a8,
     linear_w8a8,
+    norm_quantize,
+    pack_heads,
     quantize_heads,
     quantize_rows,
     unpack,
 )
-from quant_runtime.kernels._triton import triton
+from quant_runtime.kernels._triton import TensorDescriptor, triton
 
 TYPES = {
     torch.float32: "fp32",
@@ -36,6 +40,7 @@ TYPES = {
     torch.int8: "i8",
     torch.uint8: "u8",
     torch.int32: "i32",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 
 
@@ -50,6 +55,9 @@ def launches() -> Iterator[Callable[[], object]]:
     yield lambda: hadamard.launch(rows.float(), signs, 256)
     yield lambda: hadamard_quantize.launch(rows, signs, 64, 4, factor)
     yield lambda: linear_w8a8.launch(q, w, row_scale, scale, scale, torch.bfloat16)
+    yield lambda: linear_w8a8.launch(
+        q, w[:95], row_scale, scale[:95], None, torch.float16
+    )  # no rows for the copy engine
     yield lambda: linear_w8a8.launch(q[:20], w, row_scale[:20], scale, None, torch.float16)
     yield lambda: linear_w4a8.launch_few_rows(q[:20], packed, row_scale[:20], scale, None, torch.float32)
     for bits in (2, 3, 4, 7):  # each plane alone, two, and three of them
@@ -63,6 +71,20 @@ def launches() -> Iterator[Callable[[], object]]:
     yield lambda: block_map.launch(head, head, 2, 64, 64, torch.ones(4).bool(), torch.ones(4).bool())
     yield lambda: attention_blocks.launch(small, small, small, kept, counts, 64, 64, None, None, 0.1)
     yield lambda: attention_blocks.launch(whole, whole, head, kept, counts, 64, 64, tokens, tokens, 0.1)
+
+    modulation = torch.ones(1, 4, 256, dtype=torch.bfloat16).unbind(1)
+    yield lambda: norm_quantize.launch(rows[None], *modulation[:2], rows[None], modulation[2], 1e-6, 8, factor)
+    yield lambda: norm_quantize.launch_plain(rows[None], *modulation[:2], None, None, 1e-6)
+    yield lambda: gelu_quantize.launch(rows, rows[:, :128], 8, None)
+    norm, angles = torch.ones(128, dtype=torch.bfloat16), torch.ones(150, 64)
+    yield lambda: pack_heads.launch(head, head, head, 128, norm, norm, norm, norm, 1e-6, angles, angles, 0)
+    yield lambda: pack_heads.launch(small, small, small, 64, None, None, None, None, 1e-6, None, None, 0)
+    for x, block in ((head, 128), (small, 64)):
+        operands = pack_heads.reference(x, x, x, block, None, None, None, None, 1e-6, None, None, 0)[:6]
+        kept, counts = block_map.reference(x, x, 1, block, block, None, None)
+        q, q_scale, k, k_scale, v, v_scale = operands
+        rest = (kept, counts, 200, block, block, torch.bfloat16, 0.1)
+        yield lambda given=(q, k, v, q_scale, k_scale, v_scale, *rest): attention_fp8.launch(*given)
 
 
 class Recorder:
@@ -91,20 +113,22 @@ class Recorder:
 def _type(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 
 def main() -> None:
-    for module in (attention_blocks, block_map, hadamard, hadamard_quantize, linear_w4a8, linear_w8a8):
+    for module in (attention_blocks, attention_fp8, block_map, gelu_quantize, hadamard, hadamard_quantize):
         record_kernels(module)
-    for module in (quantize_heads, quantize_rows, unpack):
+    for module in (linear_w4a8, linear_w8a8, norm_quantize, pack_heads, quantize_heads, quantize_rows, unpack):
         record_kernels(module)
     for launch in launches():
         launch()
 
 
 def record_kernels(module: Any) -> None:
-    for name in ("_kernel", "_across", "_pool", "_select"):
+    for name in ("_kernel", "_persistent", "_across", "_pool", "_select", "_center", "_largest", "_pack"):
         if hasattr(module, name):
             setattr(module, name, Recorder(getattr(module, name)))
 

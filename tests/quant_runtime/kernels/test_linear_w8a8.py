@@ -6,7 +6,7 @@ from quant_runtime.kernels import linear_w8a8 as op
 from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, ROUNDING, TRITON_DTYPES, whole
 from tests.support import relative_error
 
-SHAPES = [(1, 1, 1), (64, 64, 64), (65, 130, 100), (200, 96, 257), (7, 33, 2050)]
+SHAPES = [(131, 264, 144), (1, 1, 1), (64, 64, 64), (65, 130, 100), (200, 96, 257), (7, 33, 2050)]
 
 
 def inputs(m, n, k, device):

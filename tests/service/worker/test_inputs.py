@@ -34,7 +34,7 @@ def halves(size: tuple[int, int] = (40, 20)) -> Image.Image:
 
 def decoded(tmp_path: Path, content: bytes) -> Image.Image:
     (tmp_path / "raw").write_bytes(content)
-    decode_image(tmp_path / "raw", tmp_path / "out.png", 1, 10_000)
+    decode_image(tmp_path / "raw", tmp_path / "out.png", 10_000, "images", "image 1")
     image = Image.open(tmp_path / "out.png")
     image.load()
     return image
@@ -60,6 +60,22 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert (image.size, image.mode) == ((40, 20), "RGB")
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_what_shines_through_shows_white(tmp_path, kind):
+    """And not the colour that happens to lie under it."""
+    image = halves().convert("RGBA")
+    image.putalpha(Image.fromarray(np.repeat(np.array([[255] * 20 + [0] * 20], np.uint8), 20, axis=0)))
+    flat = decoded(tmp_path, encode(image, kind, lossless=True))
+    assert (flat.mode, flat.getpixel((5, 5)), flat.getpixel((35, 5))) == ("RGB", RED, (255, 255, 255))
+
+
+def test_a_transparent_colour_of_a_palette_shows_white(tmp_path):
+    palette = halves().quantize(2)
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    flat = decoded(tmp_path, encode(palette, "PNG", transparency=palette.getpixel((0, 0))))
+    assert (flat.getpixel((5, 5)), flat.getpixel((35, 5))) == ((255, 255, 255), GREEN)
+
+
 def test_sixteen_bits_of_grey_keep_their_shades(tmp_path):
     deep = Image.fromarray(np.full((20, 40), 32768, dtype=np.uint16))
     assert decoded(tmp_path, encode(deep, "PNG")).getpixel((0, 0)) == (128, 128, 128)
@@ -80,7 +96,7 @@ def test_sixteen_bits_of_grey_keep_their_shades(tmp_path):
 def test_what_cannot_be_decoded_is_refused_with_its_number(tmp_path, content):
     (tmp_path / "raw").write_bytes(content)
     with pytest.raises(BadInput, match="image 3 ") as error:
-        decode_image(tmp_path / "raw", tmp_path / "out.png", 3, 10_000)
+        decode_image(tmp_path / "raw", tmp_path / "out.png", 10_000, "images", "image 3")
     assert error.value.field == "images"
 
 

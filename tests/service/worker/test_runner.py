@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import tempfile
 import threading
 import time
 
 import pytest
+from PIL import Image
 
 from models.base import OutputFile, Outputs
 from service import metrics
@@ -48,6 +50,23 @@ async def test_images_reach_the_model_decoded_and_in_order(make, queue, results,
     (result,) = await make().run(job, Watch("scene", "room"))
     assert (result.name, result.type) == ("cameras.json", "application/json")
     assert await sizes_seen(results, job) == [[40, 30], [50, 30]]
+
+
+async def test_a_start_image_reaches_the_model_decoded(make, queue, results, tmp_path):
+    image = await upload(results, tmp_path, "a.jpg", picture("JPEG", (40, 30)), "image/jpeg")
+    job = await job_of(queue, "video", video_task(image=image))
+    video, start = await make().run(job, Watch("video", "film"))
+    assert (video.name, start.name) == ("video.mp4", "start.png")
+    seen = Image.open(io.BytesIO(b"".join([c async for c in results.read(f"jobs/{job.id}/1/start.png")])))
+    assert (seen.size, seen.mode, seen.format) == ((40, 30), "RGB", "PNG")
+
+
+async def test_a_start_image_that_cannot_be_decoded_is_told_by_its_field(make, queue, results, tmp_path):
+    torn = await upload(results, tmp_path, "a.png", picture("PNG", (80, 60))[:200], "image/png")
+    with pytest.raises(Exception, match="the image cannot be decoded") as error:
+        await make().run(await job_of(queue, "video", video_task(image=torn)), Watch("video", "film"))
+    problem = explain(error.value)
+    assert (reason_of(problem), problem.field) == ("bad-input", "image")
 
 
 async def test_a_video_reaches_the_model_as_frames(make, queue, results, tmp_path):

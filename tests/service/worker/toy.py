@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 import time
 from dataclasses import dataclass, field
@@ -46,7 +47,11 @@ class Toy:
                 _misbehave(inputs.prompt)
             on_step(step + 1, inputs.steps)
         (folder / "video.mp4").write_bytes(film_of(inputs.prompt, inputs.seed, inputs.steps))
-        return Outputs((OutputFile("video.mp4", "video/mp4", folder / "video.mp4"),))
+        files = [OutputFile("video.mp4", "video/mp4", folder / "video.mp4")]
+        if inputs.image is not None:  # shown as it was seen
+            shutil.copyfile(inputs.image, folder / "start.png")
+            files.append(OutputFile("start.png", "image/png", folder / "start.png"))
+        return Outputs(tuple(files))
 
 
 def _misbehave(prompt: str) -> None:

@@ -26,7 +26,7 @@ async def test_a_prompt_alone_makes_a_job_that_is_fully_determined(client):
     assert 0 <= seed <= MAX_SEED
     assert job["request"] == {
         "prompt": REQUEST["prompt"], "negative_prompt": "", "artifact": "film", "width": 64, "height": 48, "frames": 9,
-        "fps": 16, "steps": 4, "guidance": 5.0,
+        "fps": 16, "steps": 4, "guidance": 5.0, "image": None,
     }  # fmt: skip
     assert (await client.get(response.headers["location"])).json()["request"]["seed"] == seed
 

@@ -1,0 +1,293 @@
+"""python -m quant_runtime.bench_hopper NAME: the GPU's kernels at the size of HunyuanVideo at 720p, beside baselines.
+
+119,056 tokens: 118,800 of video and 256 of text; 24 heads of 128, inner size 3072. Rows as in quant_runtime/report.py,
+written to docs/results/NAME-cuda.jsonl. Rates are of the operations, or bytes, that the op has to do, whatever it does;
+medians of CUDA events on random inputs. `error` is relative, against float64 on some rows: of random inputs, and with
+one channel in 64 scaled by 30.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from quant_runtime import report
+from quant_runtime.bench import outliers
+from quant_runtime.kernels import block_map
+from quant_runtime.kernels._triton import triton
+from quant_runtime.kernels.attention_fp8 import attention_fp8
+from quant_runtime.kernels.gelu_quantize import gelu_quantize
+from quant_runtime.kernels.hadamard_quantize import hadamard_quantize
+from quant_runtime.kernels.linear_w8a8 import linear_w8a8
+from quant_runtime.kernels.norm_quantize import norm_quantize
+from quant_runtime.kernels.pack_heads import pack_heads
+from quant_runtime.kernels.quantize_rows import quantize_rows
+from quant_runtime.kernels.unpack import unpack
+
+TEXT = 256
+TOKENS = 118_800 + TEXT
+HEADS, SIZE = 24, 128
+INNER = HEADS * SIZE
+BLOCK = 128
+GEMMS = ((INNER, 3 * INNER), (INNER, INNER), (INNER, 4 * INNER), (4 * INNER, INNER), (5 * INNER, INNER))
+DENSITIES = (0.1, 0.15, 0.25)
+SAMPLED = 256  # rows that an error is taken over
+
+Rows = Iterator[dict[str, Any]]
+
+
+def gemm(device: torch.device, rounds: int) -> Rows:
+    """A layer's matmul with scales, bias and the answer in bfloat16; rounding the activations is another row."""
+    for k, n in GEMMS:
+        case, work = f"{TOKENS}x{k}->{n}", 2 * TOKENS * k * n
+        w = torch.randn(n, k, device=device) / k**0.5
+        whole_w, w_scale = quantize_rows(w)
+        bias = torch.randn(n, device=device)
+        x = torch.randn(TOKENS, k, device=device, dtype=torch.bfloat16)
+        half_w, half_bias = w.bfloat16(), bias.bfloat16()
+        best = timed(partial(F.linear, x, half_w, half_bias), rounds)
+        yield rate(f"{case} bfloat16 cuBLAS", work, best, rounds, None)
+        baseline = ("bfloat16 cuBLAS", work / median(best) / 1e9)
+        fp8 = [(t / t.abs().amax(1, keepdim=True) * 448).to(torch.float8_e4m3fn) for t in (x, w)]
+        ones = [torch.ones(len(t), 1, device=device) for t in fp8]
+
+        def scaled_mm(a: Tensor = fp8[0], b: Tensor = fp8[1], s: list[Tensor] = ones) -> Tensor:
+            return torch._scaled_mm(a, b.t(), s[0], s[1].t(), out_dtype=torch.bfloat16, use_fast_accum=True)
+
+        yield rate(f"{case} FP8 _scaled_mm", work, timed(scaled_mm, rounds), rounds, baseline)
+        del fp8
+        error = {}
+        for name, given in (("random", x), ("outliers", outliers(x))):
+            q, scale = quantize_rows(given)
+            got = linear_w8a8(q, whole_w, scale, w_scale, bias)
+            some = torch.randint(TOKENS, (SAMPLED,), device=device)
+            rounded = (q[some].double() * scale[some, None]) @ (whole_w.double() * w_scale[:, None]).T + bias
+            full = given[some].double() @ w.double().T + bias
+            error[name] = short(relative(got[some], full))
+            error[f"{name}, of the rounded operands"] = short(relative(got[some], rounded))
+        q, scale = quantize_rows(x)
+        ours = timed(partial(linear_w8a8, q, whole_w, scale, w_scale, bias), rounds)
+        yield rate(f"{case} INT8", work, ours, rounds, baseline, error)
+
+
+def attention(device: torch.device, rounds: int) -> Rows:
+    """Dense and block-sparse; in 8 bits with its packing and its choice of blocks inside the time, and without."""
+    qkv = torch.randn(1, TOKENS, 3 * INNER, device=device, dtype=torch.bfloat16)
+    q, k, v = heads_of(qkv)
+    dense, few = 4 * TOKENS**2 * INNER, max(3, rounds // 8)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        best = timed(lambda: F.scaled_dot_product_attention(q, k, v), few)
+    yield rate("dense, bfloat16 cuDNN", dense, best, few, None)
+    baseline = ("bfloat16 cuDNN", dense / median(best) / 1e9)
+    keys = -(-TOKENS // BLOCK)
+    every = torch.arange(keys, dtype=torch.int32, device=device).expand(1, HEADS, keys, keys)
+    all_ = torch.full((1, HEADS, keys), keys, dtype=torch.int32, device=device)
+
+    def attend(qkv: Tensor, lists: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        p = pack_heads(*heads_of(qkv), BLOCK)
+        kept, counts = lists or (every, all_)
+        return attention_fp8(p.q, p.k, p.v, p.q_scale, p.k_scale, p.v_scale, kept, counts, TOKENS)
+
+    error = {
+        name: short(attention_error(attend(given), given))
+        for name, given in (("random", qkv), ("outliers", outliers(qkv)))
+    }
+    ours = timed(lambda: attend(qkv), few)
+    yield rate("dense, INT8 and FP8, packing included", dense, ours, few, baseline, error)
+
+    packed = pack_heads(q, k, v, BLOCK)
+    operands = (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale)
+    yield rate("dense, INT8 and FP8", dense, timed(lambda: attention_fp8(*operands, every, all_, TOKENS), few), few,
+               baseline)  # fmt: skip
+    for density in DENSITIES:
+        forced = torch.zeros(keys, dtype=torch.bool, device=device)
+        forced[-(-TEXT // BLOCK) - 1 :] = True
+        kept, counts = block_map.choose(packed.q_means, packed.k_means, round(density * keys), forced)
+        work = 4 * int(counts.sum()) * BLOCK * BLOCK * SIZE
+        flex = flex_attention(q, k, v, kept, counts, rounds)
+        yield rate(f"density {density}, bfloat16 FlexAttention", work, flex, rounds, None)
+        sparse = timed(partial(attention_fp8, *operands, kept, counts, TOKENS), rounds)
+        error = {}
+        for name, given in (("random", qkv), ("outliers", outliers(qkv))):
+            error[name] = short(attention_error(attend(given, (kept, counts)), given, (kept, counts)))
+        beside = ("bfloat16 FlexAttention", work / median(flex) / 1e9)
+        yield rate(f"density {density}, INT8 and FP8", work, sparse, rounds, beside, error)
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, rounds: int) -> list[float]:
+    """torch's own block-sparse attention over the same blocks of whole tokens: a ragged end is cut off."""
+    from torch.nn.attention.flex_attention import BlockMask
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    whole = TOKENS // BLOCK
+    wide = torch.zeros(*kept.shape[:2], whole, whole, dtype=torch.int32, device=kept.device)
+    wide[..., : kept.shape[3]] = kept[:, :, :whole].clamp(max=whole - 1)
+    nothing = torch.zeros_like(counts[:, :, :whole])
+    mask = BlockMask.from_kv_blocks(
+        nothing, torch.zeros_like(wide), counts[:, :, :whole].contiguous(), wide, BLOCK_SIZE=BLOCK,
+        seq_lengths=(whole * BLOCK, whole * BLOCK),
+    )  # fmt: skip
+    compiled = torch.compile(flex)
+    some = slice(0, whole * BLOCK)
+    q, k, v = (t[:, :, some].contiguous() for t in (q, k, v))
+    return timed(lambda: compiled(q, k, v, block_mask=mask), rounds)
+
+
+def fused(device: torch.device, rounds: int) -> Rows:
+    """Passes over memory, in bytes that they must read and write, beside a copy of the same bytes in the same run."""
+    x, y = torch.randn(2, 1, TOKENS, INNER, device=device, dtype=torch.bfloat16)[:, None].unbind(0)
+    x, y = x.view(1, TOKENS, INNER), y.view(1, TOKENS, INNER)
+    shift, scale, gate = torch.randn(3, 1, INNER, device=device, dtype=torch.bfloat16)
+    inner = torch.randn(TOKENS, 4 * INNER, device=device, dtype=torch.bfloat16)
+    signs = torch.randint(0, 2, (INNER,), device=device, dtype=torch.int8) * 2 - 1
+    qkv = torch.randn(1, TOKENS, 3 * INNER, device=device, dtype=torch.bfloat16)
+    angles = torch.rand(TOKENS - TEXT, SIZE // 2, device=device) * 6
+    rope = (angles.cos().half(), angles.sin().half())
+    ones = torch.ones(SIZE, device=device, dtype=torch.bfloat16)
+    packed_w = torch.randint(0, 256, (4 * INNER, INNER // 2), device=device, dtype=torch.uint8)
+    values = TOKENS * INNER
+    copied = timed(lambda: inner.clone(), rounds)
+    speed = 16 * values / median(copied) / 1e6
+    yield report.row("copy", "rate", speed, "GB/s", "higher", samples=rounds)
+    for name, moved, call in (
+        ("norm, modulate, quantize", 3 * values, lambda: norm_quantize(x, shift, scale)[0]),
+        ("residual, norm, modulate, quantize", 7 * values,
+         lambda: norm_quantize(x, shift, scale, y, gate)[0]),
+        ("quantize", 3 * values, lambda: quantize_rows(x[0])[0]),
+        ("GELU, quantize", 12 * values, lambda: gelu_quantize(inner)[0]),
+        ("attention | GELU, quantize", 15 * values, lambda: gelu_quantize(inner, x[0])[0]),
+        ("Hadamard of 128, quantize", 3 * values, lambda: hadamard_quantize(x[0], signs, 128)[0]),
+        ("norm of q and k, rotation, pack q, k, v", 9 * values,
+         lambda: pack_heads(*heads_of(qkv), BLOCK, (ones, ones), (ones, ones), 1e-6, rope).q),
+        ("unpack 4 bits", 6 * INNER * INNER, lambda: unpack(packed_w, INNER, 4)),
+    ):  # fmt: skip
+        times = timed(call, rounds)
+        yield report.row(name, "rate", moved / median(times) / 1e6, "GB/s", "higher", samples=rounds,
+                         baseline=("copy", speed), spread=spread(times, moved / 1e6))  # fmt: skip
+
+
+def blockmap(device: torch.device, rounds: int) -> Rows:
+    """Scores, choice and lists, of means that packing has left."""
+    blocks = -(-TOKENS // BLOCK)
+    means = torch.randn(2, 1, HEADS, blocks, SIZE, device=device)
+    whole = torch.zeros(blocks, dtype=torch.bool, device=device)
+    whole[-3:] = True
+    for density in DENSITIES:
+        times = timed(partial(_chosen, means, round(density * blocks), whole), rounds)
+        yield report.row(f"density {density}", "time", median(times), "ms", "lower", samples=rounds)
+
+
+def _chosen(means: Tensor, keep: int, whole: Tensor) -> Tensor:
+    return block_map.choose(means[0], means[1], keep, whole, whole)[0]
+
+
+def heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, 3 C] as q, k, v [B, H, N, D], views."""
+    q, k, v = qkv.unflatten(2, (3, HEADS, SIZE)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def attention_error(got: Tensor, qkv: Tensor, lists: tuple[Tensor, Tensor] | None = None) -> float:
+    """Of three heads' rows of one block of queries, each against float64 over the keys that they see."""
+    q, k, v = heads_of(qkv)
+    apart, size = 0.0, 0.0
+    for head, row in ((0, 0), (5, 7), (HEADS - 1, TOKENS // BLOCK - 1)):
+        rows, keys = slice(row * BLOCK, (row + 1) * BLOCK), torch.arange(TOKENS, device=q.device)
+        if lists is not None:
+            kept, counts = lists
+            listed = kept[0, head, row, : int(counts[0, head, row])].long()
+            keys = (listed[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten()
+            keys = keys[keys < TOKENS]
+        one = (q[:, head, rows].double(), k[:, head, keys].double(), v[:, head, keys].double())
+        want = F.scaled_dot_product_attention(*one)
+        apart += float((got[:, head, rows].double() - want).square().sum())
+        size += float(want.square().sum())
+    return math.sqrt(apart / size)
+
+
+def timed(call: Callable[[], Tensor], rounds: int) -> list[float]:
+    """Milliseconds of `rounds` calls, after two that warm up."""
+    events = []
+    for number in range(rounds + 2):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        call()
+        after.record()
+        if number >= 2:
+            events.append((before, after))
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in events]
+
+
+def median(times: list[float]) -> float:
+    return sorted(times)[len(times) // 2]
+
+
+def spread(times: list[float], work: float) -> float:
+    """Between the quartiles of work / time."""
+    ordered = sorted(times)
+    return work / ordered[len(ordered) // 4] - work / ordered[len(ordered) * 3 // 4]
+
+
+def rate(
+    case: str, work: int, times: list[float], rounds: int, baseline: tuple[str, float] | None, error: Any = None
+) -> dict[str, Any]:
+    found = spread(times, work / 1e9)
+    rate_ = work / median(times) / 1e9
+    return report.row(case, "rate", rate_, "TFLOP/s", "higher", samples=rounds, baseline=baseline, spread=found,
+                      error=error)  # fmt: skip
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    apart, size = torch.linalg.vector_norm(got.double() - want), torch.linalg.vector_norm(want)
+    return float(apart / size)
+
+
+def short(error: float) -> float:
+    return float(f"{error:.3g}")
+
+
+BENCHES: dict[str, Callable[[torch.device, int], Rows]] = {
+    "gemm": gemm,
+    "attention_720p": attention,
+    "fused": fused,
+    "blockmap": blockmap,
+}
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="python -m quant_runtime.bench_hopper", description="Times kernels at full size.")
+    parser.add_argument("name", choices=BENCHES)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    chosen = parser.parse_args()
+    if triton is None or not torch.cuda.is_available():
+        raise SystemExit("these are a GPU's kernels at a GPU's sizes: torch sees none here")
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+
+    def told() -> Rows:
+        for row in BENCHES[chosen.name](device, chosen.rounds):
+            beside = row["baseline"]
+            against = f"{row['value'] / beside['value']:5.2f}x {beside['name']}" if beside else ""
+            print(f"{row['case']:48} {row['value']:9.4g} {row['unit']}  {against}  {row['error'] or ''}", flush=True)
+            yield row
+
+    path = chosen.out / f"{chosen.name}-cuda.jsonl"
+    with torch.inference_mode():
+        report.write(path, chosen.name, told(), ["python", "-m", "quant_runtime.bench_hopper", *sys.argv[1:]], device)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

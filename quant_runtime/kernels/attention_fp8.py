@@ -1,0 +1,302 @@
+"""Attention of whole numbers over the key blocks that each block of queries keeps: Q K^T in int8, P V in FP8.
+
+q       int8 [B, H, N, D]          q_scale  float32 [B, H, N]
+k       int8 [B, H, P, D]          k_scale  float32 [B, H, P / block_k]
+v       float8_e4m3fn [B, H, D, P], its keys in the order of `slots`          v_scale  float32 [B, H, D]
+kept    int32 [B, H, ceil(N / block_q), L], counts  int32 [B, H, ceil(N / block_q)]: as attention_blocks takes them
+keys    how many of the P keys there are; P is the next multiple of block_k, and what lies beyond `keys` is zeros
+out     bfloat16, float16 or float32 [B, H, N, D], laid out in memory as [B, N, H, D]
+
+pack_heads makes the operands. scores = softmax_scale * q @ k.T, exact sums times both scales; softmax over the kept
+keys in float32; P in e4m3, as 256 times itself; sums over a block of keys in the matrix unit, over blocks in float32. D
+is a multiple of 32 up to 256, block_q is 64 or 128, block_k is 32, 64 or 128.
+
+What makes it fast on Hopper: keys and values come through the copy engine; V lies transposed, since FP8 wants its
+second operand so; its keys lie in the order in which the first product leaves its columns in registers, so that P is
+used where it is; and sums start at the bits of 1.5 * 2**23, so that they are floats without being converted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, library
+
+from quant_runtime.kernels import attention_blocks
+from quant_runtime.kernels._triton import TensorDescriptor, jit, tl, triton
+
+BLOCKS_Q = (64, 128)
+BLOCKS_K = (32, 64, 128)
+GROUP = 32  # keys that are reordered among themselves
+FP8_TOP = 448.0  # the largest e4m3
+P_BITS = 8  # P, at most 1, is written as P * 2**8: its small values keep their bits, and 256 is below the top
+LOG2E = math.log2(math.e)
+
+
+def attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int = 128,
+    block_k: int = 128,
+    out_dtype: torch.dtype = torch.bfloat16,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    batch, heads, tokens, size = q.shape
+    if block_q not in BLOCKS_Q or block_k not in BLOCKS_K or size % 32 or not 32 <= size <= 256:
+        found = f"block_q={block_q}, block_k={block_k}, D={size}"
+        raise ValueError(f"attention_fp8 has block_q 64 or 128, block_k 32 to 128, D a multiple of 32 to 256; {found}")
+    padded = -(-keys // block_k) * block_k
+    rows = -(-tokens // block_q)
+    for name, tensor, dtype, shape in (
+        ("q", q, torch.int8, (batch, heads, tokens, size)),
+        ("k", k, torch.int8, (batch, heads, padded, size)),
+        ("v", v, torch.float8_e4m3fn, (batch, heads, size, padded)),
+        ("q_scale", q_scale, torch.float32, (batch, heads, tokens)),
+        ("k_scale", k_scale, torch.float32, (batch, heads, padded // block_k)),
+        ("v_scale", v_scale, torch.float32, (batch, heads, size)),
+        ("kept", kept, torch.int32, (batch, heads, rows, kept.shape[-1])),
+        ("counts", counts, torch.int32, (batch, heads, rows)),
+    ):
+        if tensor.dtype != dtype or tensor.shape != shape:
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"attention_fp8 takes {name} as {dtype} {list(shape)}; got {found}")
+    if out_dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"attention_fp8 answers in bfloat16, float16 or float32; got out_dtype={out_dtype}")
+    scale = softmax_scale if softmax_scale is not None else size**-0.5
+    out: Tensor = _op(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, scale)
+    return out
+
+
+def slots(keys: int) -> Tensor:
+    """int64 [keys]: which key lies in each slot of v, for a multiple of 32.
+
+    The int8 product leaves columns 8g + 2t and 8g + 2t + 1 with thread t of four; the FP8 product wants its inputs
+    4t to 4t + 3 there. So of every 16 keys, slots 4t .. 4t + 3 hold keys 2t, 2t + 1, 8 + 2t, 8 + 2t + 1.
+    """
+    order = torch.arange(GROUP).view(2, 2, 4, 2).transpose(1, 2).flatten()
+    return (torch.arange(0, keys, GROUP)[:, None] + order).flatten()
+
+
+def unpacked_values(v: Tensor, v_scale: Tensor, keys: int) -> Tensor:
+    """float32 [B, H, keys, D]: what v and v_scale stand for."""
+    place = torch.empty(v.shape[3], dtype=torch.long)
+    place[slots(v.shape[3])] = torch.arange(v.shape[3])
+    return (v.float()[..., place[:keys].to(v.device)] * v_scale[..., None]).mT
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+) -> Tensor:
+    """P is not rounded here: its rounding is the kernel's error."""
+    values = unpacked_values(v, v_scale, keys).to(out_dtype)
+    rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+    return attention_blocks.reference(q, k[:, :, :keys], values, *rest)
+
+
+def on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+) -> Tensor:
+    values = unpacked_values(v, v_scale, keys).to(out_dtype)
+    rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+    return attention_blocks.on_cpu(q, k[:, :, :keys], values, *rest)
+
+
+@jit
+def _kernel(
+    q,
+    k,
+    v,
+    q_scale,
+    k_scale,
+    v_scale,
+    kept,
+    counts,
+    out,
+    H,
+    N,
+    M,
+    P,
+    softmax_scale,
+    list_b,
+    list_h,
+    list_r,
+    count_b,
+    count_h,
+    count_r,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SHARE: tl.constexpr,
+    P_BITS: tl.constexpr,
+):
+    """k and v are descriptors of [B * H * P, D] and [B * H * D, P]. SHARE: how many programs follow one list."""
+    program, head = tl.program_id(0), tl.program_id(1)
+    b, h = head // H, head % H
+    n, d = program * BQ + tl.arange(0, BQ), tl.arange(0, DP)
+    in_d = (d < D)[None, :]
+    queries = q + (head.to(tl.int64) * N + n)[:, None] * D + d[None, :]
+    mine = tl.load(queries, mask=(n < N)[:, None] & in_d, other=0)
+    row_scale = tl.load(q_scale + head.to(tl.int64) * N + n, mask=n < N, other=1.0) * softmax_scale
+
+    row, b64, h64 = (program // SHARE).to(tl.int64), b.to(tl.int64), h.to(tl.int64)
+    list_ = kept + b64 * list_b + h64 * list_h + row * list_r
+    count = tl.load(counts + b64 * count_b + h64 * count_h + row * count_r)
+    scales = k_scale + head * (P // BK)
+    last = tl.load(list_ + count - 1, mask=count > 0, other=0)
+    ragged = tl.where((count > 0) & ((last + 1) * BK > M), 1, 0)  # the block that the keys end in, if it is kept
+
+    most, total = tl.full((BQ,), float("-inf"), tl.float32), tl.zeros((BQ,), tl.float32)
+    found = tl.zeros((BQ, DP), tl.float32)
+    for index in tl.range(0, count - ragged):
+        j = tl.load(list_ + index)
+        most, total, found = _visit(
+            mine, k, v, scales, row_scale, j, head, P, M, most, total, found, False, BQ, BK, D, P_BITS
+        )
+    if ragged > 0:
+        most, total, found = _visit(
+            mine, k, v, scales, row_scale, last, head, P, M, most, total, found, True, BQ, BK, D, P_BITS
+        )
+
+    found *= tl.load(v_scale + head * D + d, mask=d < D, other=0.0)[None, :]
+    found /= tl.where(count > 0, total, 1.0)[:, None]
+    at = out + ((b64 * N + n)[:, None] * H + h) * D + d[None, :]
+    tl.store(at, found.to(out.dtype.element_ty), mask=(n < N)[:, None] & in_d)
+
+
+@jit
+def _visit(
+    mine,
+    k,
+    v,
+    scales,
+    row_scale,
+    j,
+    head,
+    P,
+    M,
+    most,
+    total,
+    found,
+    RAGGED: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    D: tl.constexpr,
+    P_BITS: tl.constexpr,
+):
+    """One block of keys. 0x4B400000 are the bits of 12582912.0 = 1.5 * 2**23: whole numbers below 2**22 that are added
+    to them are added to that float.
+    """
+    keys = tl.trans(k.load([head * P + j * BK, 0]))
+    sums = tl.dot(mine, keys, tl.full((BQ, BK), 0x4B400000, tl.int32), out_dtype=tl.int32)
+    real = sums.to(tl.float32, bitcast=True)  # the sums, 12582912 too large
+    if RAGGED:
+        real = tl.where((j * BK + tl.arange(0, BK) < M)[None, :], real, float("-inf"))
+    scale = row_scale * tl.load(scales + j)
+    higher = tl.maximum(most, (tl.max(real, axis=1) - 12582912.0) * scale)
+    weights = tl.exp2(real * scale[:, None] - (higher + 12582912.0 * scale - P_BITS)[:, None])
+    fade = tl.exp2(most - higher)
+    total = total * fade + tl.sum(weights, axis=1)
+
+    values = tl.trans(v.load([head * D, j * BK]))
+    short = weights.to(tl.float8e4nv)
+    in_slots = tl.permute(tl.reshape(short, (BQ, BK // 32, 2, 2, 4, 2)), (0, 1, 2, 4, 3, 5))
+    found = found * fade[:, None] + tl.dot(tl.reshape(in_slots, (BQ, BK)), values, out_dtype=tl.float32)
+    return higher, total, found
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+) -> Tensor:
+    batch, heads, tokens, size = q.shape
+    padded, tile = k.shape[2], 64
+    out = torch.empty(batch, tokens, heads, size, dtype=out_dtype, device=q.device).transpose(1, 2)
+    q, k, v, q_scale, k_scale, v_scale = (t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale))
+    kept = kept if kept.stride(3) == 1 else kept.contiguous()
+    wide = triton.next_power_of_2(size)
+    described_k = TensorDescriptor.from_tensor(k.view(-1, size), [block_k, wide])
+    described_v = TensorDescriptor.from_tensor(v.view(-1, padded), [wide, block_k])
+    _kernel[(triton.cdiv(tokens, tile), batch * heads)](
+        q,
+        described_k,
+        described_v,
+        q_scale,
+        k_scale,
+        v_scale,
+        kept,
+        counts,
+        out,
+        heads,
+        tokens,
+        keys,
+        padded,
+        softmax_scale * LOG2E,
+        *kept.stride()[:3],
+        *counts.stride(),
+        BQ=tile,
+        BK=block_k,
+        D=size,
+        DP=wide,
+        SHARE=block_q // tile,
+        P_BITS=P_BITS,
+        num_warps=4,
+        num_stages=2,
+    )
+    return out
+
+
+def _fake(q: Tensor, *args: object) -> Tensor:
+    batch, heads, tokens, size = q.shape
+    dtype = args[10]
+    assert isinstance(dtype, torch.dtype)
+    return torch.empty(batch, tokens, heads, size, dtype=dtype, device=q.device).transpose(1, 2)
+
+
+_op = library.custom_op("quant_runtime::attention_fp8", reference, mutates_args=())
+_op.register_kernel("cpu", on_cpu)
+_op.register_kernel("cuda", launch)
+_op.register_fake(_fake)

@@ -1,0 +1,261 @@
+"""A modulated layer norm, rounded: what AdaLN feeds a quantized linear layer, with the residual before it, in one pass.
+
+x             float [B, N, K]; with y [B, N, K] and gate [B, K], x + gate * y stands in its place
+shift, scale  float [B, K]
+h             norm(x) * (1 + scale) + shift, a layer norm without weights of its own
+q  int8 [B * N, K], row_scale  float32 [B * N]: h, times factor float32 [K] or None, rounded as quantize_rows rounds
+x'            x, or x + gate * y in x's dtype, which is what is normalized then
+
+norm_modulate answers h in x's dtype instead, for layers that rotate their input. All in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, library
+from torch.nn import functional as F
+
+from quant_runtime.kernels import quantize_rows as rounding
+from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels.quantize_rows import TINY, whole
+
+LARGEST_K = 16_384  # a row is held in registers
+
+
+def norm_quantize(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
+    bits: int = 8,
+    factor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, row_scale, x'). Refuses operands that do not fit, and K above 16,384."""
+    _check("norm_quantize", x, shift, scale, y, gate)
+    if bits not in (4, 6, 8) or (factor is not None and factor.shape != x.shape[2:]):
+        found = f"bits={bits}, factor={None if factor is None else list(factor.shape)}"
+        raise ValueError(f"norm_quantize rounds to 4, 6 or 8 bits, with a factor [{x.shape[2]}] or None; got {found}")
+    q, row_scale, added = _op(x, shift, scale, y, gate, eps, bits, factor)
+    return q, row_scale, x if y is None else added
+
+
+def norm_modulate(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """(h, x')."""
+    _check("norm_modulate", x, shift, scale, y, gate)
+    h, added = _plain(x, shift, scale, y, gate, eps)
+    return h, x if y is None else added
+
+
+def _check(op: str, x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None) -> None:
+    if x.dim() != 3 or not x.is_floating_point() or x.shape[2] > LARGEST_K:
+        raise ValueError(f"{op} takes float [B, N, K], K up to {LARGEST_K}; got {x.dtype} {list(x.shape)}")
+    row = (x.shape[0], x.shape[2])
+    if shift.shape != row or scale.shape != row or (y is None) != (gate is None):
+        raise ValueError(f"{op} takes shift and scale {list(row)}, y and gate both or none; got {list(shift.shape)}, "
+                         f"{list(scale.shape)}, y {'not ' if y is None else ''}given")  # fmt: skip
+    if y is not None and gate is not None and (y.shape != x.shape or y.dtype != x.dtype or gate.shape != row):
+        found = f"{y.dtype} {list(y.shape)} and {list(gate.shape)}"
+        raise ValueError(f"{op} takes y as {x.dtype} {list(x.shape)} and gate {list(row)}; got {found}")
+
+
+def reference(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    bits: int,
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    h, added = _real(x, shift, scale, y, gate, eps)
+    return *rounding.reference(h.flatten(0, 1), bits, factor), added
+
+
+def plain_reference(
+    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    h, added = _real(x, shift, scale, y, gate, eps)
+    return h.to(x.dtype), added
+
+
+def _real(
+    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """h in float32, and x' (empty where nothing was added)."""
+    added = x.new_empty(0)
+    if y is not None and gate is not None:
+        added = (x.float() + gate.float()[:, None] * y.float()).to(x.dtype)
+        x = added
+    h = F.layer_norm(x.float(), (x.shape[2],), eps=eps)
+    return h * (1 + scale.float()[:, None]) + shift.float()[:, None], added
+
+
+@jit
+def _kernel(
+    x,
+    shift,
+    scale,
+    y,
+    gate,
+    factor,
+    added,
+    h,
+    q,
+    row_scale,
+    N,
+    K,
+    eps,
+    top,
+    x_b,
+    x_n,
+    y_b,
+    y_n,
+    mod_b,
+    gate_b,
+    TINY: tl.constexpr,
+    GATED: tl.constexpr,
+    FACTOR: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    KP: tl.constexpr,
+):
+    row, b = tl.program_id(1) * N + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    n, k, row64 = tl.program_id(0).to(tl.int64), tl.arange(0, KP), row.to(tl.int64)
+    inside = k < K
+    real = tl.load(x + b * x_b + n * x_n + k, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        more = tl.load(y + b * y_b + n * y_n + k, mask=inside, other=0.0).to(tl.float32)
+        real += tl.load(gate + b * gate_b + k, mask=inside, other=0.0).to(tl.float32) * more
+        kept = real.to(added.dtype.element_ty)
+        tl.store(added + row64 * K + k, kept, mask=inside)
+        real = kept.to(tl.float32)
+    mean = tl.sum(real, axis=0) / K
+    apart = tl.where(inside, real - mean, 0.0)
+    real = apart * tl.math.rsqrt(tl.sum(apart * apart, axis=0) / K + eps)
+    real *= 1.0 + tl.load(scale + b * mod_b + k, mask=inside, other=0.0).to(tl.float32)
+    real += tl.load(shift + b * mod_b + k, mask=inside, other=0.0).to(tl.float32)
+    if QUANTIZE:
+        if FACTOR:
+            real *= tl.load(factor + k, mask=inside, other=0.0)
+        store_rounded(real, k, inside, q + row64 * K, row_scale + row64, top, TINY)
+    else:
+        tl.store(h + row64 * K + k, real.to(h.dtype.element_ty), mask=inside)
+
+
+@jit
+def store_rounded(real, k, inside, q, row_scale, top, TINY: tl.constexpr):
+    """One row, held in registers: its scale and its whole numbers, as quantize_rows has them."""
+    most = tl.max(tl.abs(real), axis=0)
+    broken = tl.max((real != real).to(tl.float32), axis=0)  # a GPU's maximum passes over NaN
+    scale = tl.math.div_rn(tl.maximum(most, TINY), top)
+    scale = tl.where(broken > 0, float("nan"), scale)
+    tl.store(row_scale, scale)
+    tl.store(q + k, whole(real * tl.math.div_rn(1.0, scale)), mask=inside)
+
+
+def launch(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    bits: int,
+    factor: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[0] * x.shape[1]
+    q = torch.empty(rows, x.shape[2], dtype=torch.int8, device=x.device)
+    row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    added = _launch(x, shift, scale, y, gate, eps, 2.0 ** (bits - 1) - 1, factor, None, q, row_scale)
+    return q, row_scale, added
+
+
+def launch_plain(
+    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return h, _launch(x, shift, scale, y, gate, eps, 1.0, None, h, None, None)
+
+
+def _launch(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    top: float,
+    factor: Tensor | None,
+    h: Tensor | None,
+    q: Tensor | None,
+    row_scale: Tensor | None,
+) -> Tensor:
+    batch, tokens, k = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    shift, scale = (t if t.stride(1) == 1 else t.contiguous() for t in (shift, scale))
+    if shift.stride(0) != scale.stride(0):
+        shift, scale = shift.contiguous(), scale.contiguous()
+    added = torch.empty(batch, tokens, k, dtype=x.dtype, device=x.device) if y is not None else x.new_empty(0)
+    y = y if y is None or y.stride(2) == 1 else y.contiguous()
+    gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
+    _kernel[(tokens, batch)](
+        x,
+        shift,
+        scale,
+        y,
+        gate,
+        factor,
+        added,
+        h,
+        q,
+        row_scale,
+        tokens,
+        k,
+        eps,
+        top,
+        x.stride(0),
+        x.stride(1),
+        0 if y is None else y.stride(0),
+        0 if y is None else y.stride(1),
+        shift.stride(0),
+        0 if gate is None else gate.stride(0),
+        TINY=TINY,
+        GATED=y is not None,
+        FACTOR=factor is not None,
+        QUANTIZE=q is not None,
+        KP=triton.next_power_of_2(k),
+        num_warps=2 if k <= 4096 else 4,
+    )
+    return added
+
+
+def _fake(
+    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float, bits: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[0] * x.shape[1]
+    q, row_scale = x.new_empty(rows, x.shape[2], dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
+    return q, row_scale, x.new_empty(0 if y is None else x.shape)
+
+
+def _fake_plain(
+    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0 if y is None else x.shape)
+
+
+# The references serve a CPU as well: beside a matmul these passes are little there.
+_op = library.custom_op("quant_runtime::norm_quantize", reference, mutates_args=())
+_op.register_kernel("cuda", launch)
+_op.register_fake(_fake)
+_plain = library.custom_op("quant_runtime::norm_modulate", plain_reference, mutates_args=())
+_plain.register_kernel("cuda", launch_plain)
+_plain.register_fake(_fake_plain)

@@ -1,0 +1,488 @@
+"""Queries, keys and values as attention_fp8 takes them, and the means that its blocks are chosen by, in one pass.
+
+q, k, v     float [B, H, N, D], strided as they come (a fused projection's views); D even
+norm        RMS norm of q and k before all else: (q's weight, k's weight) float [D] each, of every head by itself, or
+            [H * D] each, of all heads of a token together; or None
+others      the same for tokens that are not rotated, where these have weights of their own, or None for `norm`
+rope        (cos, sin) float16 or float32 [R, D / 2], or None: neighbouring channels of tokens first .. first + R turn
+            as pairs; float16 is off by 2**-12 at most, a tenth of what the rounding to int8 is off by
+block       64 or 128 tokens: share a scale of k; have one mean
+
+q  int8 [B, H, N, D], q_scale  float32 [B, H, N]: one scale a token
+k  int8 [B, H, P, D], k_scale  float32 [B, H, P / block]: one scale a block, the centre of the keys taken away first
+v  float8_e4m3fn [B, H, D, P], keys in attention_fp8.slots' order, v_scale  float32 [B, H, D]: one scale a channel
+q_means, k_means  float32 [B, H, P / block, D], for block_map.choose
+
+P is N up to the next multiple of block; k and v are zero beyond N. Any centre leaves the attention as it is (softmax
+ignores what all scores of a row have in common): here it is the mean of some 1024 keys, evenly spread, which takes the
+keys' outlier channels away as the mean of all would (SageAttention, arXiv:2410.02367) and costs no pass over them. All
+in float32. A NaN or an infinity gets a scale, or a value, that is not finite, so that it shows in the answer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, library
+from torch.nn.functional import pad
+
+from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels.attention_fp8 import FP8_TOP, slots
+from quant_runtime.kernels.quantize_rows import TINY, step, whole
+
+BLOCKS = (64, 128)
+TOP = 127
+SAMPLES = 1024  # keys that the centre is the mean of
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Packed(NamedTuple):
+    """Operands of attention_fp8, and block means."""
+
+    q: Tensor
+    q_scale: Tensor
+    k: Tensor
+    k_scale: Tensor
+    v: Tensor
+    v_scale: Tensor
+    q_means: Tensor
+    k_means: Tensor
+
+
+def pack_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: int = 128,
+    norm: Pair | None = None,
+    others: Pair | None = None,
+    eps: float = 1e-6,
+    rope: Pair | None = None,
+    first: int = 0,
+) -> Packed:
+    if q.dim() != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
+        found = [f"{t.dtype} {list(t.shape)}" for t in (q, k, v)]
+        raise ValueError(f"pack_heads takes q, k and v float [B, H, N, D] of one kind; got {found}")
+    tokens, size = q.shape[2:]
+    if not q.is_floating_point() or size % 2 or block not in BLOCKS:
+        raise ValueError(f"pack_heads takes floats, an even D, blocks of 64 or 128; got {q.dtype}, D={size}, {block}")
+    wide = q.shape[1] * size
+    for name, pair, shapes in (("norm", norm, ((size,), (wide,))), ("others", others, ((size,),))):
+        if pair is not None and not (pair[0].shape == pair[1].shape and pair[0].shape in shapes):
+            wanted, given = (" or ".join(str(list(s)) for s in these) for these in (shapes, [w.shape for w in pair]))
+            raise ValueError(f"pack_heads: {name} is two weights {wanted}; got {given}")
+    if others is not None and (norm is None or rope is None or norm[0].shape != others[0].shape):
+        had = f"norm {None if norm is None else list(norm[0].shape)}, rope {'not ' if rope is None else ''}given"
+        raise ValueError(
+            f"pack_heads: others are norms of tokens that rope leaves out, beside norms [{size}]; got {had}"
+        )
+    if rope is not None:
+        shape = (rope[0].shape[0], size // 2)
+        fits = all(t.shape == shape and t.dtype in (torch.float16, torch.float32) for t in rope)
+        if not fits or not 0 <= first <= tokens - shape[0]:
+            given = " and ".join(f"{t.dtype} {list(t.shape)}" for t in rope)
+            wanted = f"rope as float16 or float32 [R, {size // 2}] twice, first + R up to {tokens}"
+            raise ValueError(f"pack_heads takes {wanted}; got {given}, first={first}")
+    (norm_q, norm_k), (other_q, other_k) = norm or (None, None), others or (None, None)
+    cos, sin = rope or (None, None)
+    return Packed(*_op(q, k, v, block, norm_q, norm_k, other_q, other_k, eps, cos, sin, first))
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    other_q: Tensor | None,
+    other_k: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens = q.shape[2]
+    short = -tokens % block
+    real_q = _placed(q, norm_q, other_q, eps, cos, sin, first)
+    real_k = _placed(k, norm_k, other_k, eps, cos, sin, first)
+    q_scale = step(real_q.abs().amax(dim=3), TOP)
+    centred = pad(real_k - real_k[:, :, :: _stride(tokens)].mean(dim=2, keepdim=True), (0, 0, 0, short))
+    groups = centred.unflatten(2, (-1, block))
+    k_scale = step(groups.abs().amax(dim=(3, 4)), TOP)
+    whole_k = (groups * k_scale.reciprocal()[..., None, None]).round().to(torch.int8).flatten(2, 3)
+    v_scale = step(v.float().abs().amax(dim=2), FP8_TOP)
+    values = pad(v.float() * v_scale.reciprocal()[:, :, None], (0, 0, 0, short))
+    return (
+        (real_q * q_scale.reciprocal()[..., None]).round().to(torch.int8),
+        q_scale,
+        whole_k,
+        k_scale,
+        values.mT[..., slots(tokens + short).to(v.device)].to(torch.float8_e4m3fn),
+        v_scale,
+        _means(real_q, block),
+        _means(real_k, block),
+    )
+
+
+def _placed(
+    x: Tensor, norm: Tensor | None, other: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, first: int
+) -> Tensor:
+    """float32 x, normalized and turned."""
+    x = x.float()
+    if norm is not None and len(norm) > x.shape[3]:
+        x = x * (x.square().mean(dim=(1, 3), keepdim=True) + eps).rsqrt() * norm.float().view(x.shape[1], 1, -1)
+    elif norm is not None:
+        x = x * (x.square().mean(dim=3, keepdim=True) + eps).rsqrt()
+        weights = norm.float().expand(x.shape[2], -1).clone()
+        if other is not None and cos is not None:
+            weights[:first], weights[first + len(cos) :] = other.float(), other.float()
+        x = x * weights
+    if cos is None or sin is None:
+        return x
+    cos, sin = cos.float(), sin.float()
+    head, middle, tail = x.tensor_split([first, first + len(cos)], dim=2)
+    even, odd = middle[..., 0::2], middle[..., 1::2]
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(3)
+    return torch.cat([head, turned, tail], dim=2)
+
+
+def _means(x: Tensor, block: int) -> Tensor:
+    tokens = x.shape[2]
+    sums: Tensor = pad(x, (0, 0, 0, -tokens % block)).unflatten(2, (-1, block)).sum(dim=3)
+    held = torch.full((sums.shape[2],), float(block), device=x.device)
+    held[-1] -= -tokens % block
+    return sums / held[:, None]
+
+
+def _stride(tokens: int) -> int:
+    return max(1, tokens // SAMPLES)
+
+
+@jit
+def _together(x, inverse, N, x_b, x_h, x_n, eps, H: tl.constexpr, D: tl.constexpr, WP: tl.constexpr):
+    """One over the root mean square of a token's heads together, float32 [B, N]."""
+    n, b, i = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, WP)
+    at = x + b * x_b + n * x_n + i // D * x_h + i % D
+    real = tl.load(at, mask=i < H * D, other=0.0).to(tl.float32)
+    tl.store(inverse + b * N + n, tl.math.rsqrt(tl.sum(real * real, axis=0) / (H * D) + eps))
+
+
+@jit
+def _center(
+    k,
+    norm,
+    other,
+    inverse,
+    cos,
+    sin,
+    center,
+    H,
+    N,
+    first,
+    R,
+    eps,
+    stride,
+    k_b,
+    k_h,
+    k_n,
+    NORM: tl.constexpr,
+    OTHER: tl.constexpr,
+    ROPE: tl.constexpr,
+    BT: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
+    head, d = tl.program_id(0), tl.arange(0, DP)
+    x_head = k + (head // H).to(tl.int64) * k_b + (head % H).to(tl.int64) * k_h
+    if NORM == 2:
+        norm += head % H * D
+        inverse += head // H * N
+    samples = tl.cdiv(N, stride)
+    sums = tl.zeros((DP,), tl.float32)
+    for start in range(0, samples, BT):
+        n = (start + tl.arange(0, BT)) * stride
+        real = _load(x_head, k_n, n, N, norm, other, inverse, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
+        sums += tl.sum(real, axis=0)
+    tl.store(center + head * D + d, sums / samples, mask=d < D)
+
+
+@jit
+def _largest(v, most, H, N, v_b, v_h, v_n, BT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """The largest magnitude of each channel, into `most`, which is zeros. NaN passes: it stays one in FP8."""
+    head, d = tl.program_id(0), tl.arange(0, DP)
+    v_head = v + (head // H).to(tl.int64) * v_b + (head % H).to(tl.int64) * v_h
+    found = tl.zeros((DP,), tl.float32)
+    for part in range(4):
+        n = (tl.program_id(1) * 4 + part) * BT + tl.arange(0, BT)
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        real = tl.load(v_head + n.to(tl.int64)[:, None] * v_n + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        found = tl.maximum(found, tl.max(tl.abs(real), axis=0))
+    tl.atomic_max(most + head * D + d, found, mask=d < D)
+
+
+@jit
+def _pack(
+    q,
+    k,
+    v,
+    norm_q,
+    norm_k,
+    other_q,
+    other_k,
+    inverse_q,
+    inverse_k,
+    cos,
+    sin,
+    center,
+    most,
+    q_out,
+    q_scale,
+    k_out,
+    k_scale,
+    v_out,
+    v_scale,
+    q_means,
+    k_means,
+    H,
+    N,
+    P,
+    BLOCKS,
+    first,
+    R,
+    eps,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
+    k_n,
+    v_b,
+    v_h,
+    v_n,
+    TINY: tl.constexpr,
+    NORM: tl.constexpr,
+    OTHER: tl.constexpr,
+    ROPE: tl.constexpr,
+    BT: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Three programs a block of tokens of a head: one packs q, one k, one v."""
+    head, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h, head64 = (head // H).to(tl.int64), (head % H).to(tl.int64), head.to(tl.int64)
+    t, d = tl.arange(0, BT), tl.arange(0, DP)
+    n = block * BT + t
+    in_n, in_d = n < N, d < D
+    inside = in_n[:, None] & in_d[None, :]
+    held = tl.minimum(N - block * BT, BT)
+    means = (head64 * BLOCKS + block) * D + d
+    if NORM == 2:
+        norm_q += h * D
+        norm_k += h * D
+        inverse_q += b * N
+        inverse_k += b * N
+
+    if part == 0:
+        mine = q + b * q_b + h * q_h
+        real = _load(mine, q_n, n, N, norm_q, other_q, inverse_q, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
+        tl.store(q_means + means, tl.sum(real, axis=0) / held, mask=in_d)
+        scale = _scale(real, 127.0, TINY, BT)
+        tl.store(q_scale + head64 * N + n, scale, mask=in_n)
+        real *= tl.math.div_rn(tl.full((BT,), 1.0, tl.float32), scale)[:, None]
+        tl.store(q_out + (head64 * N + n)[:, None] * D + d[None, :], whole(real), mask=inside)
+    elif part == 1:
+        mine = k + b * k_b + h * k_h
+        real = _load(mine, k_n, n, N, norm_k, other_k, inverse_k, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
+        tl.store(k_means + means, tl.sum(real, axis=0) / held, mask=in_d)
+        real = tl.where(inside, real - tl.load(center + head * D + d, mask=in_d, other=0.0)[None, :], 0.0)
+        each = _scale(real, 127.0, TINY, BT)
+        broken = tl.max((each != each).to(tl.float32), axis=0)
+        shared = tl.where(broken > 0, float("nan"), tl.max(each, axis=0))
+        tl.store(k_scale + head64 * BLOCKS + block, shared)
+        real *= tl.math.div_rn(1.0, shared)
+        tl.store(k_out + (head64 * P + n)[:, None] * D + d[None, :], whole(real), mask=in_d[None, :])
+    else:
+        largest = tl.maximum(tl.load(most + head * D + d, mask=in_d, other=0.0), TINY)
+        channel = tl.math.div_rn(largest, tl.full((DP,), 448.0, tl.float32))
+        if block == 0:
+            tl.store(v_scale + head * D + d, channel, mask=in_d)
+        inner = t % 16  # slots 4t .. 4t + 3 of 16 hold keys 2t, 2t + 1, 8 + 2t, 8 + 2t + 1
+        m = block * BT + t - inner + inner // 4 * 2 + inner % 2 + inner // 2 % 2 * 8
+        in_v = (m < N)[:, None] & in_d[None, :]
+        mine = v + b * v_b + h * v_h
+        real = tl.load(mine + m.to(tl.int64)[:, None] * v_n + d[None, :], mask=in_v, other=0.0).to(tl.float32)
+        real *= tl.math.div_rn(tl.full((DP,), 1.0, tl.float32), channel)[None, :]
+        at = v_out + (head64 * D + d)[:, None] * P + n[None, :]
+        tl.store(at, tl.trans(real.to(tl.float8e4nv)), mask=in_d[:, None])
+
+
+@jit
+def _scale(real, top, TINY: tl.constexpr, BT: tl.constexpr):
+    """One a row of real; NaN where the row holds one, which a GPU's maximum passes over."""
+    broken = tl.max((real != real).to(tl.float32), axis=1)
+    scale = tl.math.div_rn(tl.maximum(tl.max(tl.abs(real), axis=1), TINY), tl.full((BT,), 0.0, tl.float32) + top)
+    return tl.where(broken > 0, float("nan"), scale)
+
+
+@jit
+def _load(
+    x,
+    x_n,
+    n,
+    N,
+    norm,
+    other,
+    inverse,
+    cos,
+    sin,
+    first,
+    R,
+    eps,
+    NORM: tl.constexpr,
+    OTHER: tl.constexpr,
+    ROPE: tl.constexpr,
+    BT: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """float32 [BT, DP], normalized and turned; zeros beyond N and D. NORM: 0 for none, 1 by heads, 2 by tokens."""
+    d = tl.arange(0, DP)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    real = tl.load(x + n.to(tl.int64)[:, None] * x_n + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    turns = (n >= first) & (n < first + R)
+    if NORM == 1:
+        real *= tl.math.rsqrt(tl.sum(real * real, axis=1) / D + eps)[:, None]
+    if NORM == 2:
+        real *= tl.load(inverse + n, mask=n < N, other=0.0)[:, None]
+    if NORM > 0:
+        weight = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        if OTHER:
+            weight = tl.where(turns[:, None], weight, tl.load(other + d, mask=d < D, other=0.0).to(tl.float32)[None, :])
+        real *= weight
+    if ROPE:
+        half = tl.arange(0, DP // 2)
+        at = (n - first)[:, None] * (D // 2) + half[None, :]
+        turning = turns[:, None] & (half < D // 2)[None, :]
+        c = tl.load(cos + at, mask=turning, other=1.0).to(tl.float32)
+        s = tl.load(sin + at, mask=turning, other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(real, (BT, DP // 2, 2)))
+        real = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (BT, DP))
+    return real
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    other_q: Tensor | None,
+    other_k: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, tokens, size = q.shape
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    outputs = _empty(q, block)
+    norm_q, norm_k, other_q, other_k, cos, sin = (
+        None if t is None else t.contiguous() for t in (norm_q, norm_k, other_q, other_k, cos, sin)
+    )
+    center = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device)
+    most = torch.zeros(batch, heads, size, dtype=torch.float32, device=q.device)
+    rotated = 0 if cos is None else len(cos)
+    together = norm_q is not None and len(norm_q) > size
+    kinds = {"NORM": 0 if norm_q is None else 1 + together, "OTHER": other_q is not None, "ROPE": cos is not None}
+    sizes = {"D": size, "DP": max(16, triton.next_power_of_2(size))}
+    inverse_q = inverse_k = None
+    if together:
+        inverse_q, inverse_k = torch.empty(2, batch, tokens, dtype=torch.float32, device=q.device)
+        wide = {"H": heads, "D": size, "WP": triton.next_power_of_2(heads * size)}
+        for x, inverse in ((q, inverse_q), (k, inverse_k)):
+            _together[(tokens, batch)](x, inverse, tokens, *x.stride()[:3], eps, **wide)
+    all_heads, blocks = batch * heads, outputs[3].shape[2]
+    place = (heads, tokens, first, rotated, eps)
+    _center[(all_heads,)](
+        k,
+        norm_k,
+        other_k,
+        inverse_k,
+        cos,
+        sin,
+        center,
+        *place,
+        _stride(tokens),
+        *k.stride()[:3],
+        **kinds,
+        BT=64,
+        **sizes,
+    )
+    _largest[(all_heads, triton.cdiv(tokens, 512))](v, most, heads, tokens, *v.stride()[:3], BT=128, **sizes)
+    _pack[(all_heads, blocks, 3)](
+        q,
+        k,
+        v,
+        norm_q,
+        norm_k,
+        other_q,
+        other_k,
+        inverse_q,
+        inverse_k,
+        cos,
+        sin,
+        center,
+        most,
+        *outputs,
+        heads,
+        tokens,
+        outputs[2].shape[2],
+        blocks,
+        first,
+        rotated,
+        eps,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        TINY=TINY,
+        **kinds,
+        BT=block,
+        **sizes,
+        num_warps=8,
+    )
+    return outputs
+
+
+def _empty(q: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, tokens, size = q.shape
+    blocks = -(-tokens // block)
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(batch, heads, *shape, dtype=dtype, device=q.device)
+
+    return (
+        empty(torch.int8, tokens, size),
+        empty(torch.float32, tokens),
+        empty(torch.int8, blocks * block, size),
+        empty(torch.float32, blocks),
+        empty(torch.float8_e4m3fn, size, blocks * block),
+        empty(torch.float32, size),
+        empty(torch.float32, blocks, size),
+        empty(torch.float32, blocks, size),
+    )
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, block: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty(q, block)
+
+
+# The reference serves a CPU as well: there the attention itself takes the time.
+_op = library.custom_op("quant_runtime::pack_heads", reference, mutates_args=())
+_op.register_kernel("cuda", launch)
+_op.register_fake(_fake)

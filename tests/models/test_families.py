@@ -1,0 +1,131 @@
+"""What every video family does, of every kind of checkpoint that it runs: on tiny ones with the layout of real ones."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from models import load, registry
+from models.video import networks
+from quant_runtime.linear import QuantLinear
+from tests.models import films
+from tests.models.films import CASES, FLOAT32, RECIPES, ROUNDING, apart, nothing
+from tests.support import relative_error
+
+COMPRESSED = pytest.mark.parametrize(  # without a picture it is the checkpoint that it is with one
+    "case", [name for name in CASES if name != "wan-ti2v-5b"], indirect=True, scope="module"
+)
+SAME_PSNR = 40.0  # dB: int8 against float32, the decoder perhaps in bfloat16; another seed gives 25 at most
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(case, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("video") / "checkpoint"
+    case.tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(case, checkpoint):
+    return case.family.load(checkpoint, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def made(request, case, checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("artifacts") / request.param
+    return films.made(case.family, checkpoint, RECIPES[request.param], out, case.inputs(checkpoint))
+
+
+def test_a_folder_is_recognized_by_its_index_alone(case, checkpoint):
+    assert registry.family_of(checkpoint).name == case.family.name
+
+
+def test_dense_in_full_precision_it_films_what_diffusers_films(case, checkpoint, model):
+    """Each answer of each network, attention processor and order of the experts included, and so the film."""
+    want, film = case.stock(checkpoint)
+    other = {"image": films.another(checkpoint)} if case.image else {"prompt": "two blue boxes"}
+    asked, changed = case.inputs(checkpoint), case.inputs(checkpoint, **other)
+    with films.answers(*networks(model.network).values()) as got:
+        assert apart(model.film(asked, nothing).frames, film) <= ROUNDING
+    assert [relative_error(*pair) < FLOAT32 for pair in zip(got, want, strict=True)] == [True] * len(want)
+    with films.answers(*networks(model.network).values()) as got:
+        model.film(changed, nothing)
+    assert relative_error(got[0], want[0]) > 10 * FLOAT32, f"{other} counts"
+
+
+def test_every_step_is_told_and_what_is_raised_there_ends_the_run(case, checkpoint, model):
+    seen = []
+    model.film(case.inputs(checkpoint), lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+    def stop(done, of):
+        seen.append((done, of))
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        model.film(case.inputs(checkpoint), stop)
+    assert seen[3:] == [(1, 3)]
+
+
+def test_it_films_in_bfloat16_as_on_a_gpu(case, checkpoint):
+    family = case.family
+    model = family.load(checkpoint, "cpu", family.dtypes(torch.bfloat16, torch.bfloat16))
+    assert {network.dtype for network in networks(model.network).values()} == {torch.bfloat16}
+    model.film(case.inputs(checkpoint), nothing)  # FloatingPointError for values that are not finite
+
+
+@COMPRESSED
+def test_an_artifact_films_what_was_filmed_before_it_was_saved(case, checkpoint, made):
+    model = case.family.load(made.folder, "cpu", torch.float32)
+    model.attend(made.manifest.attention.plan())
+    assert apart(model.film(case.inputs(checkpoint), nothing).frames, made.before) == 0
+
+
+@COMPRESSED
+def test_a_worker_makes_files_of_it(case, checkpoint, made, tmp_path):
+    model = load.load(made.folder, "cpu")
+    outputs = model.run(case.inputs(checkpoint), tmp_path, nothing)
+    assert [file.name for file in outputs.files] == ["video.mp4", "poster.jpg", "run.json"]
+    assert all(file.path.stat().st_size for file in outputs.files)
+    density, each = model.attention.density(), len(networks(model.network))
+    assert density.sparse is None if made.recipe is not RECIPES["sparse"] else 0 < density.sparse < 1
+    assert len(json.loads((tmp_path / "run.json").read_text())["attention"]["network_densities"]) == each * (each > 1)
+    if made.recipe.judging_samples:
+        assert made.manifest.quality["psnr"] > SAME_PSNR
+
+
+@COMPRESSED
+def test_the_layers_of_the_manifest_are_all_of_the_blocks_and_add_up_to_the_files(case, made, model):
+    assert list(made.manifest.layers) == model.layers()
+    stored = 0
+    for folder in case.family.components(made.folder):
+        tensors = load_file(made.folder / folder / "diffusion_pytorch_model.safetensors")
+        prefix = f"{folder}." if len(networks(model.network)) > 1 else ""
+        own = [t for key, t in tensors.items() if f"{prefix}{key}".rpartition(".")[0] in made.manifest.layers]
+        stored += sum(tensor.numel() * tensor.element_size() for tensor in own)
+    assert made.manifest.layer_bytes()[0] == stored
+    assert {layer.format for layer in made.manifest.layers.values()} == {str(made.recipe.format)}
+
+
+@COMPRESSED
+def test_diffusers_opens_it_with_the_layers_that_a_worker_opens(case, made):
+    importlib.import_module("quant_runtime.diffusers")  # teaches from_pretrained what an artifact's layers are
+    pipe = DiffusionPipeline.from_pretrained(made.folder, dtype=torch.float32)
+    parts = {name: getattr(pipe, name) for name in case.family.components(made.folder)}
+    low = [
+        f"{folder}." * (len(parts) > 1) + name
+        for folder, part in parts.items()
+        for name, module in part.named_modules()
+        if isinstance(module, QuantLinear)
+    ]
+    assert set(low) == set(made.manifest.layers)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from torch import library
+from torch.nn.functional import gelu
+
+from quant_runtime.kernels import gelu_quantize as op
+from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, TRITON_DTYPES, rows
+from tests.support import relative_error
+
+FLIPS = 1e-3  # of the entries may fall to the other side of a half, by one step
+
+
+@pytest.mark.skipif(op.triton is None, reason="Triton is not installed")
+@pytest.mark.parametrize(("m", "j", "k"), [(5, 0, 33), (3, 17, 256), (2, 3072, 12288)])
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.filterwarnings("ignore:overflow")  # numpy says so in the interpreter: 1 / inf is the zero that is meant
+def test_triton_agrees_with_the_reference(m, j, k, dtype, device):
+    x, before = rows(m, k, device, outliers=True, dtype=dtype), rows(m, j, device, dtype=dtype) if j else None
+    for bits, factor in ((8, None), (6, torch.rand(j + k, device=device) + 0.1)):
+        got, want = op.launch(x, before, bits, factor), op.reference(x, before, bits, factor)
+        apart = (got[0].int() - want[0].int()).abs()
+        assert apart.max() <= 1
+        assert apart.float().mean() < FLIPS
+        assert relative_error(got[1], want[1]) < FP32_ROUNDING
+
+
+def test_it_is_what_stands_before_and_the_gelu(device):
+    x, before = rows(5, 40, device), rows(5, 24, device)
+    q, scale = op.gelu_quantize(x, before)
+    want = torch.cat([before, gelu(x, approximate="tanh")], dim=1)
+    assert relative_error(q * scale[:, None], want) < 0.01
+
+
+def test_of_values_far_out_gelu_is_the_value_or_nothing(device):
+    x = torch.tensor([[-1e4, 1e4, -60.0, 60.0]], device=device)
+    q, scale = op.gelu_quantize(x)
+    assert scale.item() == pytest.approx(1e4 / 127)
+    assert q.tolist() == [[0, 127, 0, 1]]
+
+
+@pytest.mark.parametrize("version", [op.reference, op.launch])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy says so when the interpreter meets a NaN
+def test_a_nan_shows_in_the_scale_of_its_row_alone(version, device):
+    x, before = rows(4, 40, device), rows(4, 8, device)
+    x[1, 3], before[2, 0] = float("nan"), float("nan")
+    assert version(x, before, 8, None)[1].isfinite().tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"x": torch.zeros(2, 3, 8)}, r"\[2, 3, 8\]"),
+        ({"before": torch.zeros(3, 4)}, r"\[3, 4\]"),
+        ({"before": torch.zeros(2, 4).half()}, "float16"),
+        ({"bits": 5}, "bits=5"),
+        ({"factor": torch.ones(9)}, r"\[9\]"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused_by_name(change, named):
+    with pytest.raises(ValueError, match=named):
+        op.gelu_quantize(**{"x": torch.zeros(2, 8)} | change)
+
+
+def test_torch_accepts_the_op(device):
+    library.opcheck(torch.ops.quant_runtime.gelu_quantize.default, (rows(3, 16, device), rows(3, 8, device), 8, None))
