@@ -143,6 +143,10 @@ class Family(Protocol):
     kind: Kind
     component: str  # the folder inside a checkpoint that holds the network's weights; "" is the checkpoint itself
 
+    def components(self, folder: Path) -> tuple[str, ...]:
+        """That folder, or those of a checkpoint with networks that take turns. Reads configs alone."""
+        ...
+
     def recognizes(self, folder: Path) -> bool:
         """Is this folder a checkpoint of mine? Reads configs alone."""
         ...
@@ -151,8 +155,12 @@ class Family(Protocol):
         """A checkpoint in full precision. Raises ValueError naming the file or key that does not fit."""
         ...
 
-    def open(self, folder: Path, manifest: Manifest, device: str) -> Model:
-        """An artifact whose files have been verified, ready to run: kernels chosen, projections fused."""
+    def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> Model:
+        """An artifact, ready to run: kernels chosen, projections fused.
+
+        All files have been verified, or, where it is to `check`, all but the weights in `components`: their hashes are
+        those of the reading that loads them. ValueError names the file or key that does not fit.
+        """
         ...
 
     def write(self, model: Model, source: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ Wan's are those of diffusers' scripts/convert_wan_to_diffusers.py, which wrote t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -21,10 +21,14 @@ class Published:
     """
 
     family: str
-    network: str  # the class in diffusers
+    pipeline: str  # the class in diffusers that its folder is of
+    network: str  # and that of its transformer
     config: Mapping[str, Any]  # where it is not the class' default
     parameters: float
     networks: int = 1  # of this config: two experts take turns in Wan 2.2 A14B
+    index: Mapping[str, Any] = field(default_factory=dict)  # what its model_index.json says beside its parts' classes
+    dtype: torch.dtype = torch.bfloat16  # of its files
+    shard_bytes: int = 5_000_000_000  # no file of it is larger
 
     def on_meta(self) -> Any:
         """The network without its tensors."""
@@ -35,18 +39,23 @@ class Published:
 PUBLISHED = {
     "wan-2.1-1.3b": Published(
         "wan",
+        "WanPipeline",
         "WanTransformer3DModel",
         {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
         1.4190,
+        dtype=torch.float32,
     ),
     "wan-2.1-14b": Published(
         "wan",
+        "WanPipeline",
         "WanTransformer3DModel",
         {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
         14.2885,
+        dtype=torch.float32,
     ),
     "wan-2.1-i2v-14b": Published(  # 480P and 720P
         "wan",
+        "WanImageToVideoPipeline",
         "WanTransformer3DModel",
         {
             "num_attention_heads": 40,
@@ -58,33 +67,54 @@ PUBLISHED = {
             "added_kv_proj_dim": 5120,
         },
         16.3949,
+        index={"image_encoder": ["transformers", "CLIPVisionModel"]},
+        dtype=torch.float32,
     ),
     "wan-2.2-t2v-a14b": Published(
         "wan",
+        "WanPipeline",
         "WanTransformer3DModel",
         {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
         14.2885,
         networks=2,
+        index={"boundary_ratio": 0.875},
+        dtype=torch.float32,
     ),
     "wan-2.2-i2v-a14b": Published(
         "wan",
+        "WanImageToVideoPipeline",
         "WanTransformer3DModel",
         {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, "in_channels": 36, "out_channels": 16},
         14.2889,
         networks=2,
+        index={"boundary_ratio": 0.9},
+        dtype=torch.float32,
     ),
     "wan-2.2-ti2v-5b": Published(
         "wan",
+        "WanPipeline",
         "WanTransformer3DModel",
         {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
         4.9998,
+        index={"expand_timesteps": True},
+        dtype=torch.float32,
     ),
-    "hunyuan-video": Published("hunyuan_video", "HunyuanVideoTransformer3DModel", {}, 12.8210),
-    "cogvideox-2b": Published("cogvideox", "CogVideoXTransformer3DModel", {}, 1.6938),
+    "hunyuan-video": Published("hunyuan_video", "HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", {}, 12.8210),
+    "cogvideox-2b": Published(
+        "cogvideox",
+        "CogVideoXPipeline",
+        "CogVideoXTransformer3DModel",
+        {},
+        1.6938,
+        dtype=torch.float16,
+        shard_bytes=10_000_000_000,
+    ),
     "cogvideox-5b": Published(
         "cogvideox",
+        "CogVideoXPipeline",
         "CogVideoXTransformer3DModel",
         {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
         5.5703,
+        shard_bytes=10_000_000_000,
     ),
 }

@@ -53,7 +53,7 @@ class Streamed(Protocol):
         ...
 
     def skeleton(self, folder: Path) -> nn.Module:
-        """The checkpoint's network on the meta device, by its config, or an nn.ModuleDict of those that take turns."""
+        """The network by its config, on the meta device, or an nn.ModuleDict of those that take turns."""
         ...
 
     def parts(self, network: nn.Module) -> Mapping[str, nn.Module]:
@@ -110,7 +110,10 @@ def compress(
     network = family.skeleton(source)
     names = family.linears(network) if format_.quantized else []
     with _files(source, family, network) as files:
-        _check_keys(files, network, source)
+        try:
+            files.check(network.state_dict())
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
         widths = {name: files.tensors[f"{name}.weight"].shape[1] for name in names}
         specs = {name: method.spec(width, format_) for name, width in widths.items()}
         prepare(network, specs)
@@ -269,17 +272,6 @@ def _clear_around(partial: Path, folders: Collection[str]) -> None:
     for path in partial.iterdir():
         if path.name not in folders:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _check_keys(files: TensorFiles, network: nn.Module, source: Path) -> None:
-    own = network.state_dict()
-    missing, extra = sorted(own.keys() - files.tensors.keys()), sorted(files.tensors.keys() - own.keys())
-    if missing or extra:
-        raise ValueError(f"{source}: tensors missing: {missing[:5] or 'none'}; of no layer: {extra[:5] or 'none'}")
-    for key, stored in files.tensors.items():
-        if stored.shape != tuple(own[key].shape) or not (stored.dtype.is_floating_point and stored.dtype.itemsize >= 2):
-            want = f"a float of 16 or 32 bits, {list(own[key].shape)}"
-            raise ValueError(f"{stored.file}: {key} is {stored.dtype} {list(stored.shape)}; the network has {want}")
 
 
 class _Journal:

@@ -227,6 +227,9 @@ class Vggt:
     kind: Kind = "scene"
     component = ""
 
+    def components(self, folder: Path) -> tuple[str, ...]:
+        return (self.component,)
+
     def recognizes(self, folder: Path) -> bool:
         path = folder / "config.json"
         return path.is_file() and {"img_size", "patch_size", "embed_dim"} <= json.loads(path.read_text()).keys()
@@ -237,14 +240,14 @@ class Vggt:
         settle(network, device, dtype, dtype)
         return VggtModel(network, read_limits(folder))
 
-    def open(self, folder: Path, manifest: Manifest, device: str) -> VggtModel:
+    def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> VggtModel:
         """On a CPU, int8 layers are fastest fed with float32, and the dense heads with bfloat16 where it has that.
 
         So are the attentions inside of a frame; and the camera head's few rows are fastest without int8.
         """
         with torch.device("meta"):
             network = VGGT(vggt_net.read_config(folder / "config.json"))
-        artifact.load_into(network, folder, component=self.component, check=False)
+        artifact.load_into(network, folder, component=self.component, device=device, check=check)
         vggt_net.fill_constants(network)
         dtype = torch.float32 if manifest.layers and torch.device(device).type == "cpu" else fast_float(device)
         settle(network, device, dtype, fast_float(device))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 import pydantic
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -30,9 +32,11 @@ from models.run_record import Clock
 from quant_runtime import artifact, quality
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, SharedState, describe_paths
+from quant_runtime.convert import prepare
 from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.linear import QuantLinear, fuse
 from quant_runtime.sparsity.base import TokenLayout
+from quant_runtime.tensor_files import TensorFiles, fill
 
 INDEX = "model_index.json"  # what a folder's pipeline is, and of what parts
 SERVING = "serving.json"  # beside model_index.json: what this checkpoint takes, where that is not its family's own
@@ -332,13 +336,26 @@ class PipelineFamily(ABC, Generic[M]):
     def recognizes(self, folder: Path) -> bool:
         return (folder / INDEX).is_file() and self._pipeline(folder) is not None
 
-    def load(self, folder: Path, device: str, dtype: torch.dtype | dict[str, torch.dtype]) -> M:
+    def load(
+        self,
+        folder: Path,
+        device: str,
+        dtype: torch.dtype | dict[str, torch.dtype],
+        digests: Mapping[str, str] | None = None,
+    ) -> M:
+        """`digests` as in `network`. Networks that shrink are loaded by us, first, and straight to the device."""
         for library in (diffusers, transformers):  # their bars would be drawn across ours, and into a worker's log
             library.utils.logging.disable_progress_bar()
         self.check(folder)
         pipeline, serving = self._pipeline(folder), self.served(folder)
+        _must_be_whole(folder, pipeline)
+        wanted = dtype if isinstance(dtype, dict) else {"default": dtype}
+        parts = {
+            component: self.network(folder, component, device, wanted.get(component, wanted["default"]), digests)
+            for component in self.components(folder)
+        }
         try:
-            pipe = pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            pipe = pipeline.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder} is not a whole {pipeline.__name__}: {error}") from error
         self.settle(pipe)
@@ -346,6 +363,31 @@ class PipelineFamily(ABC, Generic[M]):
         if device == "cpu":
             convolutions.by_onednn(pipe.vae)
         return self.model(pipe, serving, device)
+
+    def network(
+        self, folder: Path, component: str, device: str, dtype: torch.dtype, digests: Mapping[str, str] | None = None
+    ) -> nn.Module:
+        """A network of a checkpoint or of an artifact, strictly, its floats as `dtype` but what it keeps wider.
+
+        Tensors are read one by one and go straight to the device: beside them, the host holds one.
+        `digests` has the SHA-256 of each file, by its path in the folder: one that is another is refused by name.
+        """
+        network = self._empty(folder, component)
+        wide = set(self.transformer._keep_in_fp32_modules or ())
+
+        def place(key: str, tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor.to(device, copy=True)
+            return tensor.to(device, torch.float32 if wide & {*key.split(".")} else dtype, copy=True)
+
+        held = TensorFiles.open(folder / component, self.weights).tensors.items()
+        used = {key: its for key, its in held if not any(re.search(pattern, key) for pattern in self.ignored)}
+        own = None
+        if digests is not None:
+            own = {Path(name).name: its for name, its in digests.items() if Path(name).parent == Path(component)}
+        with TensorFiles(used) as files:
+            fill(network, files, place, own)
+        return network.to(device)  # what no file holds
 
     def check(self, folder: Path) -> None:
         """Raises ValueError for a checkpoint of another kind than those that are run. Reads configs alone."""
@@ -383,14 +425,16 @@ class PipelineFamily(ABC, Generic[M]):
         name = index(folder).get("_class_name")
         return next((pipeline for pipeline in self.pipelines if pipeline.__name__ == name), None)
 
-    def open(self, folder: Path, manifest: Manifest, device: str) -> M:
+    def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> M:
         """In bfloat16 where the device multiplies it itself, else in float32.
 
         On a CPU int8 layers come with float32 around them: there norms and roundings are faster so.
         """
         half = fast_float(device)
         around = torch.float32 if device == "cpu" and manifest.layers else half
-        model = self.load(folder, device, self.dtypes(around, half))
+        own = [artifact.weights(manifest, component) for component in self.components(folder)]
+        digests = {name: digest for some in own for name, digest in some.items()} if check else None
+        model = self.load(folder, device, self.dtypes(around, half), digests)
         model.fuse_projections()
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
@@ -419,7 +463,7 @@ class PipelineFamily(ABC, Generic[M]):
             part.save_config(target / folder)
 
     def skeleton(self, folder: Path) -> nn.Module:
-        """A checkpoint's network on the meta device, by its config, or an nn.ModuleDict of those that take turns."""
+        """The network by its config, on the meta device but for what no file holds, or an nn.ModuleDict of two."""
         self.check(folder)
         parts = {component: self._empty(folder, component) for component in self.components(folder)}
         return nn.ModuleDict(parts) if len(parts) > 1 else parts[self.component]
@@ -427,8 +471,12 @@ class PipelineFamily(ABC, Generic[M]):
     def _empty(self, folder: Path, component: str) -> nn.Module:
         config = self.config(folder, component)
         try:
-            with torch.device("meta"):
-                network: nn.Module = self.transformer.from_config(config)
+            with init_empty_weights():
+                network: nn.Module = self.transformer.from_config(config).eval()
+            if config.get("quantization_config") is not None:
+                specs = quant_runtime.diffusers.LowbitConfig(**config["quantization_config"]).specs()
+                prepare(network, specs)
+                quant_runtime.diffusers.mark(network, specs)
         except (OSError, ValueError, TypeError) as error:
             path = folder / component / "config.json"
             raise ValueError(f"{path} describes no {self.transformer.__name__}: {error}") from error
@@ -465,6 +513,18 @@ def index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     return read if isinstance(read, dict) else {}
+
+
+def _must_be_whole(folder: Path, pipeline: Any) -> None:
+    """A folder may hold what shrinks alone: that can be compressed, layer by layer, and is no pipeline."""
+    given = index(folder)
+    parts = [one.name for one in inspect.signature(pipeline).parameters.values() if one.default is one.empty]
+    missing = [part for part in parts if not isinstance(given.get(part), list) or given[part][0] is None]
+    if missing:
+        raise ValueError(
+            f"{folder} is no whole {pipeline.__name__}: its {INDEX} has no {', '.join(missing)}. "
+            "What is there can be compressed with --stream, and not run"
+        )
 
 
 def networks(network: nn.Module) -> dict[str, nn.Module]:

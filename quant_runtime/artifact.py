@@ -13,13 +13,12 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue, ValidationError
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from quant_runtime.formats import QuantFormat
 from quant_runtime.linear import LinearSpec
 from quant_runtime.methods import METHODS, Method
 from quant_runtime.sparsity import POLICIES
+from quant_runtime.tensor_files import TensorFiles, fill
 
 VERSION: Final = 1
 MANIFEST = "manifest.json"
@@ -310,8 +310,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{path}: {where}: {first['msg']} ({error.error_count()} in all)") from None
 
 
-def verify(folder: Path, manifest: Manifest | None = None) -> Manifest:
-    """Every file is there, no other is, and each has the bytes it was saved with; else an ArtifactError by name."""
+def verify(folder: Path, manifest: Manifest | None = None, *, later: Container[str] = ()) -> Manifest:
+    """Every file is there, no other is, and each has the bytes it was saved with; else an ArtifactError by name.
+
+    Files named `later` have the right length: their hashes are for whoever reads them.
+    """
     folder = Path(folder)
     manifest = manifest or read_manifest(folder)
     found = set(_files(folder)) - {MANIFEST}
@@ -319,46 +322,41 @@ def verify(folder: Path, manifest: Manifest | None = None) -> Manifest:
     if missing or extra:
         raise ArtifactError(f"{folder}: missing files: {missing or 'none'}; files of no artifact: {extra or 'none'}")
     for name, record in manifest.files.items():
-        if (folder / name).stat().st_size != record.bytes or _record(folder / name) != record:
+        same = (folder / name).stat().st_size == record.bytes
+        if not same or (name not in later and _record(folder / name) != record):
             raise ArtifactError(f"{folder}: {name} is damaged: it is not the file that was saved")
     return manifest
 
 
-def load_into(model: nn.Module, folder: Path, *, component: str = "", check: bool = True) -> Manifest:
+def weights(manifest: Manifest, component: str) -> dict[str, str]:
+    """The SHA-256 of each file that holds weights of this folder inside the artifact, by its name in the manifest."""
+    where = PurePosixPath(component)
+    paths = {name: PurePosixPath(name) for name in manifest.files}
+    held = [name for name, path in paths.items() if path.suffix == ".safetensors" and path.parent == where]
+    return {name: manifest.files[name].sha256 for name in held}
+
+
+def load_into(
+    model: nn.Module, folder: Path, *, component: str = "", device: torch.device | str = "cpu", check: bool = True
+) -> Manifest:
     """Turns a float model into the artifact's: its layers become QuantLinears, then every tensor is loaded, strictly.
 
     `component` is the folder inside the artifact that holds the weights. The tensors keep the dtypes they were saved
-    in, and lie on the CPU; the model may be on the meta device. `check=False` leaves out the hashes, for a folder that
-    was verified before.
+    in, and go to `device` one by one; the model may be on the meta device. Hashes are those of the same reading, and
+    come before it for all other files; `check=False` leaves them out.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    own = weights(manifest, component)
     if check:
-        verify(folder, manifest)
+        verify(folder, manifest, later=own)
     prepare(model, manifest.specs())
-    state: dict[str, Tensor] = {}
-    for name in manifest.files:
-        path = PurePosixPath(name)
-        if path.suffix == ".safetensors" and path.parent == PurePosixPath(component):
-            with safe_open(folder / name, framework="pt") as shard:
-                names = list(shard.keys())
-                state |= {key: shard.get_tensor(key) for key in names}
-    expected = model.state_dict()
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or extra:
-        raise ArtifactError(
-            f"{folder}: tensors missing: {missing[:5] or 'none'}; tensors of no layer: {extra[:5] or 'none'}"
-        )
-    for key, own in expected.items():
-        same_kind = (state[key].is_floating_point() and own.is_floating_point()) or state[key].dtype == own.dtype
-        if state[key].shape != own.shape or not same_kind:
-            got, want = state[key], own
-            raise ArtifactError(
-                f"{folder}: {key} is {got.dtype} {list(got.shape)}; the network has {want.dtype} {list(want.shape)}"
-            )
-    with torch.no_grad():
-        model.load_state_dict(state, strict=True, assign=True)
-    model.requires_grad_(False)
+    digests = {PurePosixPath(name).name: digest for name, digest in own.items()} if check else None
+    try:
+        with TensorFiles.among(folder / name for name in own) as files:
+            fill(model, files, lambda _, tensor: tensor.to(device, copy=True), digests)
+    except ValueError as error:
+        raise ArtifactError(f"{folder}: {error}") from None
     return manifest
 
 

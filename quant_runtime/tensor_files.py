@@ -7,17 +7,18 @@ through a machine of 8. A file is 8 bytes (little-endian, the length of the head
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 LARGEST_HEADER = 100_000_000  # bytes: what the format allows
 DTYPES = {
@@ -121,6 +122,17 @@ class TensorFiles:
             tensors |= held
         return cls({key: tensors[key] for key in where})
 
+    @classmethod
+    def among(cls, files: Iterable[Path]) -> Self:
+        """The tensors of these files. ValueError where two of them have one of the same name."""
+        tensors: dict[str, Stored] = {}
+        for file in files:
+            held = _header(file)
+            if twice := sorted(held.keys() & tensors.keys()):
+                raise ValueError(f"{file} has {twice[0]}, and so has {tensors[twice[0]].file.name}")
+            tensors |= held
+        return cls(tensors)
+
     def __enter__(self) -> Self:
         return self
 
@@ -134,17 +146,82 @@ class TensorFiles:
 
     def read(self, key: str) -> Tensor:
         """The tensor, in memory of its own."""
-        stored = self.tensors[key]
-        if stored.file not in self._open:
-            self._open[stored.file] = os.open(stored.file, os.O_RDONLY)
-        raw = torch.empty(stored.bytes, dtype=torch.uint8)
-        view, done = raw.numpy().data, 0
-        while done < stored.bytes:
-            got = os.preadv(self._open[stored.file], [view[done:]], stored.offset + done)
-            if not got:
-                raise ValueError(f"{stored.file} ends inside {key}")
-            done += got
+        return self._read(self.tensors[key], torch.empty(self.tensors[key].bytes, dtype=torch.uint8))
+
+    def stream(self, digests: Mapping[str, str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, file by file and in the order in which they lie there, each in the place of the one before.
+
+        What is kept of it is a copy: memory of its own for each would come back in pieces between those that stay.
+        `digests` has each file's SHA-256, by its name. They are of the same reading: ValueError by name behind the last
+        tensor of a file that is not the one that was meant. What came of it before is to be thrown away.
+        """
+        buffer = torch.empty(max((stored.bytes for stored in self.tensors.values()), default=0), dtype=torch.uint8)
+        for file in self.files():
+            held = sorted((key for key, its in self.tensors.items() if its.file == file), key=self._offset)
+            digest = hashlib.sha256()
+            if digests is not None:
+                digest.update(self._bytes(file, 0, torch.empty(self._offset(held[0]), dtype=torch.uint8)))
+            for key in held:
+                stored = self.tensors[key]
+                raw = buffer[: stored.bytes]
+                tensor = self._read(stored, raw)
+                if digests is not None:
+                    digest.update(raw.numpy().data)
+                yield key, tensor
+            if digests is not None and digest.hexdigest() != digests[file.name]:
+                raise ValueError(f"{file} is damaged: it is not the file that was saved")
+
+    def check(self, own: Mapping[str, Tensor]) -> None:
+        """ValueError names what is missing of the state `own`, what is not in it, and what has another shape or type.
+
+        A float of 16 bits or more is as good as any other.
+        """
+        missing, extra = sorted(own.keys() - self.tensors.keys()), sorted(self.tensors.keys() - own.keys())
+        if missing or extra:
+            raise ValueError(f"tensors missing: {missing[:5] or 'none'}; tensors of no layer: {extra[:5] or 'none'}")
+        for key, its in own.items():
+            stored = self.tensors[key]
+            got, want = stored.dtype, its.dtype
+            same = got.is_floating_point and got.itemsize >= 2 if want.is_floating_point else got == want
+            if stored.shape != tuple(its.shape) or not same:
+                given = f"{got} {list(stored.shape)}"
+                raise ValueError(f"{stored.file}: {key} is {given}; the network has {want} {list(its.shape)}")
+
+    def _offset(self, key: str) -> int:
+        return self.tensors[key].offset
+
+    def _read(self, stored: Stored, raw: Tensor) -> Tensor:
+        self._bytes(stored.file, stored.offset, raw)
         return raw.view(stored.dtype).view(stored.shape)
+
+    def _bytes(self, file: Path, offset: int, raw: Tensor) -> memoryview:
+        """Fills uint8 `raw` from there on."""
+        if file not in self._open:
+            self._open[file] = os.open(file, os.O_RDONLY)
+        view, done = raw.numpy().data, 0
+        while done < len(view):
+            got = os.preadv(self._open[file], [view[done:]], offset + done)
+            if not got:
+                raise ValueError(f"{file} ends before byte {offset + len(view)}: it was cut off while it was read")
+            done += got
+        return view
+
+
+def fill(
+    network: nn.Module,
+    files: TensorFiles,
+    place: Callable[[str, Tensor], Tensor],
+    digests: Mapping[str, str] | None = None,
+) -> None:
+    """Every tensor of the network, which may be on the meta device, becomes that of the files, strictly.
+
+    `place` is given its name and the tensor as `TensorFiles.stream` has it, and returns a copy on the device and as the
+    float that it is to be: beside these, the host holds one tensor. `digests` as there.
+    """
+    files.check(network.state_dict())
+    state = {key: place(key, tensor) for key, tensor in files.stream(digests)}
+    network.load_state_dict(state, strict=True, assign=True)
+    network.requires_grad_(False)
 
 
 def _header(file: Path) -> dict[str, Stored]:

@@ -10,6 +10,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,10 @@ app = typer.Typer(
 )
 
 
+dev = typer.Typer(help="For those who develop lowbit.", no_args_is_help=True)
+app.add_typer(dev, name="dev")
+
+
 def _option(text: str, variable: str, otherwise: str) -> Any:
     return typer.Option(help=f"{text} [{variable}; {otherwise}]", show_default=False)
 
@@ -41,6 +46,14 @@ Artifacts = Annotated[
     list[Path] | None, _option("An artifact, or a folder of them; repeatable.", "LOWBIT_ARTIFACTS", "artifacts")
 ]
 Device = Annotated[str | None, _option("auto, cpu or cuda.", "LOWBIT_DEVICE", "auto")]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Whether an artifact's hashes are checked as it is loaded. [LOWBIT_VERIFY; checked]",
+        show_default=False,
+    ),
+]
 
 
 # Serving
@@ -48,11 +61,16 @@ Device = Annotated[str | None, _option("auto, cpu or cuda.", "LOWBIT_DEVICE", "a
 
 @app.command()
 def serve(
-    host: Host = None, port: Port = None, data: Data = None, artifacts: Artifacts = None, device: Device = None
+    host: Host = None,
+    port: Port = None,
+    data: Data = None,
+    artifacts: Artifacts = None,
+    device: Device = None,
+    verify: Verify = None,
 ) -> None:
     """API and one worker, with a private queue unless LOWBIT_REDIS_URL is set. A worker that dies is started again."""
     _needs_torch()
-    settings = _settings(host=host, port=port, data=data, artifacts=artifacts, device=device)
+    settings = _settings(host=host, port=port, data=data, artifacts=artifacts, device=device, verify=verify)
     from service import artifacts as found
     from service.api.main import serve as serve_api
     from service.queue.embedded import server_url
@@ -89,15 +107,16 @@ def worker(
     data: Data = None,
     artifacts: Artifacts = None,
     device: Device = None,
+    verify: Verify = None,
     with_parent: Annotated[bool, typer.Option(hidden=True, help="Drain when standard input ends.")] = False,
 ) -> None:
     """One worker: one model loaded at a time, on one device. SIGTERM lets it end its job first."""
     _needs_torch()
-    settings = _settings(data=data, artifacts=artifacts, device=device)
+    settings = _settings(data=data, artifacts=artifacts, device=device, verify=verify)
     from service.worker.main import work
 
     with _said_in_one_line():
-        work(settings, _load, with_parent)
+        work(settings, partial(_load, check=settings.verify), with_parent)
 
 
 # The offline stage
@@ -189,16 +208,41 @@ def demo(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="linear, attention: one op. video, scene: a whole demo model.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="linear, attention: one op. video, scene: a whole demo model. "
+            "quantize, load: checkpoints of full size in bounded memory."
+        ),
+    ],
 ) -> None:
-    """Time an op or a demo model beside its baselines, and write the rows into docs/results."""
+    """Time an op or a demo model beside its baselines, or a large checkpoint's way; rows go into docs/results."""
     programs = {"linear": "quant_runtime.bench", "attention": "quant_runtime.bench"}
     programs |= {kind: f"models.demo.{kind}.bench" for kind in ("video", "scene")}
+    programs |= dict.fromkeys(("quantize", "load"), "service.bench")
     if name not in programs:
         raise _refused(ValueError(f"no benchmark {name!r}: there are {', '.join(programs)}"))
-    arguments = [name, *context.args] if programs[name] == "quant_runtime.bench" else context.args
+    arguments = context.args if programs[name].startswith("models.demo") else [name, *context.args]
     done = subprocess.run(child.command(programs[name], *arguments), env=child.environment(), check=False)
     raise typer.Exit(done.returncode)
+
+
+@dev.command()
+def synth(
+    name: Annotated[str, typer.Argument(help="A published checkpoint: hunyuan-video, wan-2.1-14b, cogvideox-5b ...")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint's folder.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; as published where it is left out.")
+    ] = None,
+) -> None:
+    """Make a checkpoint of full size with random weights: its transformer alone, in shards as the hub has them."""
+    from rich.console import Console
+
+    with _told_in_one_line():
+        from service import dev as made
+
+        made.synth(name, folder, seed, dtype, Console())
 
 
 def _needs_torch() -> None:
@@ -207,12 +251,12 @@ def _needs_torch() -> None:
         raise _refused(ImportError("no torch here; a worker needs pip install 'lowbit-serve[worker]'"))
 
 
-def _load(path: Path, device: str) -> Generator:
+def _load(path: Path, device: str, check: bool) -> Generator:
     from models.load import load
     from quant_runtime.kernels._cpu import keep_freed_memory
 
     keep_freed_memory()
-    return load(path, device)
+    return load(path, device, check)
 
 
 def _settings(**given: Any) -> Settings:

@@ -64,6 +64,7 @@ jobs_requeued = _counter("jobs_requeued", "Jobs that came back to the queue", "r
 job_queue_wait_seconds = _histogram("job_queue_wait_seconds", "From ready to claimed", WAIT_SECONDS, "kind", "artifact")
 job_seconds = _histogram("job_duration_seconds", "From claim to commit", JOB_SECONDS, "kind", "artifact")
 stage_seconds = _histogram("stage_duration_seconds", "fetch, load, run, upload", JOB_SECONDS, "stage", "artifact")
+artifact_load_seconds = _gauge("artifact_load_seconds", "How long the last load of an artifact took", "artifact")
 denoise_step_seconds = _histogram("denoise_step_seconds", "Between two steps of a video", STEP_SECONDS, "artifact")
 recon_frames = _histogram("recon_frames", "Views of a scene", VIEWS, "artifact")
 artifact = _gauge(

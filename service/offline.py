@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -113,10 +114,21 @@ def quantize(source: str, made: Recipe, out: Path, device: str, replace: bool, c
 
 def stream(source: str, made: Recipe, out: Path, device: str, replace: bool, console: Console) -> Manifest:
     """The same layer by layer, with a bar of the checkpoint's bytes. What a recipe says of samples is not looked at."""
+    keep_freed_memory()
     folder = registry.checkpoint(source)
     family = registry.family_of(folder)
     if not isinstance(family, Streamed):
         raise ValueError(f"checkpoints of {family.name} are not read layer by layer yet: leave out --stream")
+    with byte_bar("quantizing layer by layer", console) as on_bytes:
+        return layers.compress(
+            family, folder, made.method, made.format, made.attention, out, base=_base(source, folder),
+            device=resolve(device), replace=replace, on_bytes=on_bytes,
+        )  # fmt: skip
+
+
+@contextmanager
+def byte_bar(title: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told (bytes done, of how many), and shows the time left."""
     columns = (
         TextColumn("{task.description:32}"),
         BarColumn(),
@@ -124,12 +136,8 @@ def stream(source: str, made: Recipe, out: Path, device: str, replace: bool, con
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, refresh_per_second=REFRESHES) as progress:
-        bar = progress.add_task("quantizing layer by layer", total=None)
-        return layers.compress(
-            family, folder, made.method, made.format, made.attention, out, base=_base(source, folder),
-            device=resolve(device), replace=replace,
-            on_bytes=lambda done, of: progress.update(bar, completed=done, total=of),
-        )  # fmt: skip
+        bar = progress.add_task(title, total=None)
+        yield lambda done, of: progress.update(bar, completed=done, total=of)
 
 
 def _base(source: str, folder: Path) -> str:

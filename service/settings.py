@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     metrics_host: str = "127.0.0.1"  # of the worker; the API serves /metrics beside its routes
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 8001  # 0 takes any free port and logs it
     device: Annotated[str, Field(pattern=f"^({DEVICE})$")] = "auto"  # auto is cuda where torch sees one, else cpu
+    verify: bool = True  # a worker checks an artifact's hashes as it loads it
     log_level: Annotated[str, Field(pattern=r"^(debug|info|warning|error)$")] = "info"
 
     # The lease of a running job, and how often a lost or failed one is tried again

@@ -166,6 +166,7 @@ class Runner:
 
     def _switch(self, name: str) -> None:
         self._unload()  # before the next one is loaded: both may not fit
+        begun = time.monotonic()
         try:
             generator = self._load(self._folders[name], self._device())
         except Exception as error:
@@ -175,6 +176,7 @@ class Runner:
         kernels = getattr(generator, "kernels", {})
         self.infos[name] = self.infos[name].model_copy(update={"kernels": dict(kernels)})
         self._generator, self.hot = generator, name
+        metrics.artifact_load_seconds.labels(name).set(time.monotonic() - begun)
 
     def _device(self) -> str:
         if self._settings.device != "auto":

@@ -1,10 +1,13 @@
+import hashlib
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from quant_runtime.tensor_files import Blank, TensorFiles, TensorWriter
+from quant_runtime.tensor_files import Blank, TensorFiles, TensorWriter, fill
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -44,6 +47,71 @@ def test_what_safetensors_writes_is_read(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with TensorFiles.open(tmp_path, "model") as held:
         assert same({key: held.read(key) for key in TENSORS}, TENSORS)
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 20, 30, 1])
+def test_a_stream_reads_every_tensor_in_its_place_and_hashes_the_same_reading(tmp_path, shard_bytes, monkeypatch):
+    write(tmp_path, shard_bytes)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    read, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: read.append(preadv(*args)) or read[-1])
+    with TensorFiles.open(tmp_path, "model") as held:
+        assert same({key: tensor.clone() for key, tensor in held.stream(digests)}, TENSORS)
+    assert sum(read) == sum(file.stat().st_size for file in files), "once, and every byte"
+
+
+@pytest.mark.parametrize("word", [b'"pt"', None])
+def test_a_file_that_is_another_is_refused_behind_its_last_tensor(tmp_path, word):
+    """Another word in its header, or another last byte."""
+    write(tmp_path, 30)
+    file = min(tmp_path.glob("*.safetensors"))
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.glob("*.safetensors")}
+    data = bytearray(file.read_bytes())
+    data[data.index(word) + 1 if word else -1] ^= 1
+    file.write_bytes(data)
+    got = []
+    with TensorFiles.open(tmp_path, "model") as held, pytest.raises(ValueError, match=f"{file.name} is damaged"):
+        got.extend(held.stream(digests))
+    assert got
+
+
+def test_files_without_an_index_are_read_together(tmp_path):
+    write(tmp_path, 30)
+    with TensorFiles.among(sorted(tmp_path.glob("*.safetensors"))) as held:
+        assert same({key: tensor.clone() for key, tensor in held.stream()}, TENSORS)
+    file = min(tmp_path.glob("*.safetensors"))
+    (tmp_path / "again.safetensors").write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=rf"again\.safetensors has a, and so has {file.name}"):
+        TensorFiles.among([file, tmp_path / "again.safetensors"])
+
+
+def test_a_network_is_filled_strictly_and_tensor_by_tensor(tmp_path):
+    with torch.device("meta"):
+        network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    state = {key: torch.full(its.shape, 3, dtype=its.dtype) for key, its in network.state_dict().items()}
+    save_file({key: t.half() if t.is_floating_point() else t for key, t in state.items()}, tmp_path / "m.safetensors")
+    seen = []
+
+    def place(key, tensor):
+        seen.append(key)
+        return tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+    with TensorFiles.open(tmp_path, "m") as held:
+        fill(network, held, place)
+        assert set(seen) == state.keys()
+        assert same(dict(network.state_dict()), state)
+        with pytest.raises(ValueError, match=r"0\.weight is torch\.float16 \[4, 3\]; .* torch\.float32 \[4, 5\]"):
+            fill(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), held, place)
+        with pytest.raises(ValueError, match=r"missing: none; tensors of no layer: \['1.bias', "):
+            fill(nn.Sequential(nn.Linear(3, 4)), held, place)
+
+
+def test_whole_numbers_are_not_taken_for_floats(tmp_path):
+    network = nn.Linear(3, 4)
+    save_file({"weight": torch.zeros(4, 3, dtype=torch.int32), "bias": torch.zeros(4)}, tmp_path / "m.safetensors")
+    with TensorFiles.open(tmp_path, "m") as held, pytest.raises(ValueError, match=r"weight is torch\.int32"):
+        fill(network, held, lambda key, tensor: tensor)
 
 
 def test_a_file_that_was_begun_is_gone_on_with(tmp_path):

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from models import stream
+from models.wan import Wan
+from quant_runtime.artifact import ArtifactError
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.formats import W4A8
+from quant_runtime.methods import Rtn
+from service.cli import app
 from tests.service.queue.test_embedded import wait_for
 from tests.service.support import film, write_artifact
 
@@ -122,3 +130,42 @@ def test_what_cannot_be_started_is_said_in_one_line(run, arguments, environment,
     text = command.log.read_text()
     assert hint in text
     assert "Traceback" not in text
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> Path:
+    """A compressed film model, one bit of whose weights has changed since."""
+    folder = tmp_path_factory.mktemp("damaged")
+    Wan().tiny(folder / "checkpoint")
+    words = {"base": "tiny", "device": "cpu", "on_bytes": lambda done, of: None}
+    stream.compress(Wan(), folder / "checkpoint", Rtn(), W4A8, AttentionPlan(), folder / "film", **words)
+    weights = folder / "film" / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    return folder / "film"
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "checks"),
+    [
+        ([], {}, True),
+        (["--no-verify"], {}, False),
+        ([], {"LOWBIT_VERIFY": "false"}, False),
+        (["--verify"], {"LOWBIT_VERIFY": "false"}, True),
+    ],
+)
+def test_a_worker_leaves_out_the_hashes_only_where_it_is_told_to(damaged, monkeypatch, words, environment, checks):
+    started = []
+    monkeypatch.setattr("service.worker.main.work", lambda settings, load, with_parent: started.append(load))
+    monkeypatch.setattr("service.logs.configure", lambda level: None)
+    for name in [name for name in os.environ if name.startswith("LOWBIT_")]:
+        monkeypatch.delenv(name)
+    done = CliRunner().invoke(app, ["worker", *words], env=environment, catch_exceptions=False)
+    assert done.exit_code == 0
+    (load,) = started
+    if checks:
+        with pytest.raises(ArtifactError, match="is damaged"):
+            load(damaged, "cpu")
+    else:
+        assert load(damaged, "cpu").kind == "video"

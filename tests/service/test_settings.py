@@ -28,6 +28,13 @@ def test_the_environment_sets_them(monkeypatch):
     assert settings.lease_seconds == 2
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_worker_is_handed_them_whole(verify):
+    settings = Settings(verify=verify, artifacts=(Path("/a"), Path("/b")), lease_seconds=40)
+    values = {name.removeprefix("LOWBIT_").lower(): value for name, value in to_environment(settings).items()}
+    assert Settings(**values) == settings
+
+
 def test_a_misspelled_setting_stops_the_start():
     with pytest.raises(ValueError, match=r"LOWBIT_LEASE_SECOND\b.*LOWBIT_LEASE_SECONDS"):
         from_environment({"LOWBIT_LEASE_SECOND": "2", "PATH": "/bin"})

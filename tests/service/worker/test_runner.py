@@ -7,11 +7,13 @@ import io
 import json
 import tempfile
 import threading
+import time
 
 import pytest
 from PIL import Image
 
 from models.base import OutputFile, Outputs
+from service import metrics
 from service.artifacts import find
 from service.jobs import Upload
 from service.worker import runner
@@ -107,6 +109,17 @@ async def test_a_model_of_another_kind_than_published_is_refused(make, queue):
     wrong = make(load=lambda path, device: toy.Toy("scene"))
     with pytest.raises(ArtifactError, match="published as video and loads as scene"):
         await wrong.run(await job_of(queue, "video", video_task()), Watch("video", "film"))
+
+
+async def test_how_long_a_load_took_is_told(make, queue):
+    def slowly(path, device):
+        time.sleep(0.05)
+        return toy.load(path, device)
+
+    asked = {"artifact": "film"}
+    metrics.artifact_load_seconds.clear()
+    await make(load=slowly).run(await job_of(queue, "video", video_task()), Watch("video", "film"))
+    assert 0.05 <= metrics.REGISTRY.get_sample_value("lowbit_artifact_load_seconds", asked) < 5
 
 
 async def test_the_model_s_folder_goes_with_the_run(make, queue, monkeypatch, tmp_path):

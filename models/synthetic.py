@@ -1,0 +1,118 @@
+"""Checkpoints of the published networks at their true sizes, with random weights: for tests and measurements.
+
+A folder as the hub has it, of its transformer alone, or of both: configs, shards under the hub's names and of its
+sizes, their index. One tensor is in memory at a time.
+
+Values are normal, drawn once into a pool; each tensor takes them from there, from a place of its own on, around and
+around, times its layer's scale. So 24 GiB come as fast as the disk takes them. What can be told from such weights:
+sizes, memory, time, and what rounding costs a matrix; not what a network makes of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from models.published import Published
+from quant_runtime.tensor_files import Blank, TensorWriter
+
+COMPONENTS, WEIGHTS = ("transformer", "transformer_2"), "diffusion_pytorch_model"  # diffusers' names
+POOL = 2**24 - 3  # values; a prime, so that no two rows of a matrix begin at the same one
+OUTLIERS = 64  # one input channel in so many is an outlier,
+OUTLIER = 8.0  # and its weights are so many times as large
+AROUND = 0.02  # standard deviation of biases around 0, and of the gains of norms around 1
+
+OnBytes = Callable[[int, int], None]  # (bytes written, of how many)
+
+
+def write(
+    published: Published,
+    folder: Path,
+    on_bytes: OnBytes,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+) -> None:
+    """Makes the checkpoint `folder`: the same bytes for the same seed. Without `dtype` and `shard_bytes`, as published.
+
+    FileExistsError where there is something; OSError before the first tensor where the disk has no room for all.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another name")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    aside.mkdir()
+    try:
+        components = COMPONENTS[: published.networks]
+        parts = {component: ["diffusers", published.network] for component in components}
+        index = {"_class_name": published.pipeline, "_diffusers_version": diffusers.__version__} | parts
+        index |= published.index
+        (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        typed, most = dtype or published.dtype, shard_bytes or published.shard_bytes
+        for number, component in enumerate(components):
+            told = partial(_of_all, on_bytes, number, len(components))
+            write_network(published.on_meta(), aside / component, typed, most, seed + number, told)
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _of_all(on_bytes: OnBytes, number: int, networks: int, done: int, of: int) -> None:
+    on_bytes(number * of + done, networks * of)
+
+
+def write_network(
+    network: Any, folder: Path, dtype: torch.dtype, shard_bytes: int, seed: int, on_bytes: OnBytes
+) -> None:
+    """The config of a diffusers network, which may be on the meta device, and random weights for it, synced."""
+    blanks = {key: Blank(dtype, tuple(its.shape)) for key, its in network.state_dict().items()}
+    total, done = sum(blank.bytes for blank in blanks.values()), 0
+    folder.mkdir()
+    free = shutil.disk_usage(folder).free
+    if free < total:
+        raise OSError(errno.ENOSPC, f"{total:,} bytes are to be written and {free:,} are free", str(folder))
+    network.save_config(folder)
+    pool = torch.empty(POOL).normal_(generator=torch.Generator().manual_seed(seed)).to(dtype)
+    with TensorWriter(folder, WEIGHTS, blanks, shard_bytes) as writer:
+        for key, blank in blanks.items():
+            writer.write(key, drawn(pool, key, blank.shape))
+            done += blank.bytes
+            on_bytes(done, total)
+        writer.sync()
+
+
+def drawn(pool: Tensor, key: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor of this name. Matrices [N, K] and kernels [N, ...] have a deviation of 1/sqrt of what a row sums."""
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    values = _around(pool, place % len(pool), Blank(pool.dtype, shape))
+    if len(shape) < 2:
+        return values.mul_(AROUND).add_(1.0 if key.endswith(".weight") else 0.0)
+    rows = values.flatten(1)
+    rows.mul_(rows.shape[1] ** -0.5)
+    if len(shape) == 2:
+        some = torch.randperm(shape[1], generator=torch.Generator().manual_seed(place % 2**63))
+        rows[:, some[: -(-shape[1] // OUTLIERS)]] *= OUTLIER
+    return values
+
+
+def _around(pool: Tensor, start: int, blank: Blank) -> Tensor:
+    values = torch.empty(blank.shape, dtype=blank.dtype)
+    flat, done = values.view(-1), 0
+    while done < len(flat):
+        part = pool[start : start + len(flat) - done]
+        flat[done : done + len(part)] = part
+        done, start = done + len(part), 0
+    return values

@@ -1,0 +1,134 @@
+"""An artifact on its way into a worker: read once, hashed by the way, and in memory once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import load, stream, synthetic
+from models.wan import Wan
+from quant_runtime.artifact import ArtifactError
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.formats import W8A8
+from quant_runtime.methods import Rtn
+from tests.models.synthetics import nothing
+
+GIB, MIB = 2**30, 2**20
+BESIDE = 100 * MIB  # of what loading takes: 16-bit floats made wider, the largest tensor
+ALLOWED = GIB  # and what a whole process may, with its imports
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def compressed(checkpoint, out):
+    words = {"base": "tiny", "device": "cpu", "on_bytes": nothing}
+    return stream.compress(Wan(), checkpoint, Rtn(), W8A8, AttentionPlan(), out, **words)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    Wan().tiny(folder / "checkpoint")
+    compressed(folder / "checkpoint", folder / "artifact")
+    return folder / "artifact"
+
+
+@pytest.fixture
+def copy(small, tmp_path):
+    shutil.copytree(small, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "transformer/config.json", "vae/diffusion_pytorch_model.safetensors"])
+def test_a_changed_byte_of_any_file_is_refused_by_the_file_s_name(copy, file):
+    load.load(copy, "cpu")
+    flip(copy / file)
+    with pytest.raises(ArtifactError, match=f"{file} is damaged"):
+        load.load(copy, "cpu")
+
+
+def test_a_changed_byte_of_the_header_is_refused_too(copy):
+    """It lies before the first tensor: a space behind the JSON became another."""
+    path = copy / WEIGHTS
+    data = bytearray(path.read_bytes())
+    end = 8 + int.from_bytes(data[:8], "little")
+    data[data.index(b'"pt"', 0, end) + 1] ^= 1  # what the format's own field says
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=f"{WEIGHTS} is damaged"):
+        load.load(copy, "cpu")
+
+
+def test_hashes_can_be_left_out_and_names_cannot(copy):
+    flip(copy / WEIGHTS)
+    load.load(copy, "cpu", check=False)
+    tensors = load_file(copy / WEIGHTS)
+    tensors["blocks.0.ffn.net.2.bios"] = tensors.pop("blocks.0.ffn.net.2.bias")
+    save_file(tensors, copy / WEIGHTS)
+    with pytest.raises(ArtifactError, match=r"missing: \['blocks\.0\.ffn\.net\.2\.bias'\]"):
+        load.load(copy, "cpu", check=False)
+
+
+PROGRAM = """
+    import json, sys
+    from pathlib import Path
+    import torch
+    from models import load, registry
+    from quant_runtime import artifact
+
+    def held(what):  # not ru_maxrss: it begins with what the parent held
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+    folder = Path(sys.argv[1])
+    load.load(folder.parent / "small", "cpu")  # all that is imported when it is first needed
+    before = held("VmRSS:")
+    if sys.argv[2] == "cpu":
+        model = load.load(folder, "cpu")
+    else:
+        manifest = artifact.read_manifest(folder)
+        digests = artifact.weights(manifest, "transformer")
+        network = registry.family("wan").network(folder, "transformer", sys.argv[2], torch.bfloat16, digests)
+        assert {its.device.type for its in network.state_dict().values()} == {sys.argv[2]}
+    print(json.dumps([before, held("VmHWM:")]))
+"""
+
+
+def peak_of(folder, device):
+    """(memory before, the most while it was loaded), in bytes, of a process that loads it."""
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(folder), device]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_peak_of_loading_is_the_artifact_and_little_more(small, tmp_path):
+    """Some 160 MiB: held twice, or mapped beside what was read of it, it would be far over.
+
+    The meta device stands for one with memory of its own: the host holds a tensor at a time.
+    """
+    shutil.copytree(small, tmp_path / "small")
+    shutil.copytree(small, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("manifest.json", "transformer"))
+    config = {"num_attention_heads": 8, "attention_head_dim": 128, "num_layers": 6, "ffn_dim": 8192, "text_dim": 64}
+    with torch.device("meta"):
+        network = Wan.transformer.from_config(config)
+    synthetic.write_network(network, tmp_path / "checkpoint" / "transformer", torch.bfloat16, 1 << 28, 0, nothing)
+    manifest = compressed(tmp_path / "checkpoint", tmp_path / "large")
+    shutil.rmtree(tmp_path / "checkpoint")
+    size = sum(record.bytes for record in manifest.files.values())
+    assert size > 1.5 * BESIDE
+    before, peak = peak_of(tmp_path / "large", "cpu")
+    assert before + size < peak < before + size + BESIDE
+    assert peak < size + ALLOWED
+    before, peak = peak_of(tmp_path / "large", "meta")
+    assert peak < before + size / 2

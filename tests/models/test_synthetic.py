@@ -1,0 +1,161 @@
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models import registry, stream, synthetic
+from models.published import PUBLISHED
+from quant_runtime import artifact
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.formats import W4A8
+from quant_runtime.methods import Rtn
+from tests.models.synthetics import NAME, WAN, index_of, nothing
+
+SAMPLED = 0.1  # of a deviation: of 128 numbers it is drawn to 6 %
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic") / "checkpoint"
+    synthetic.write(WAN, folder, nothing)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tensors(made):
+    return {
+        key: tensor for file in (made / "transformer").glob("*.safetensors") for key, tensor in load_file(file).items()
+    }
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "transformer").iterdir()}
+
+
+def test_its_folder_is_as_the_hub_has_one(made, tensors):
+    assert sorted(path.name for path in made.iterdir()) == ["model_index.json", "transformer"]
+    files = sorted(path.name for path in (made / "transformer").glob("*.safetensors"))
+    assert files == [f"{NAME}-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    assert len(files) > 2
+    index = index_of(made / "transformer")
+    assert set(index["weight_map"].values()) == set(files)
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert registry.family_of(made).name == "wan"
+
+
+def test_its_tensors_are_those_of_the_network_in_the_type_that_is_published(tensors):
+    own = WAN.on_meta().state_dict()
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
+        key: tuple(its.shape) for key, its in own.items()
+    }
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_no_file_is_larger_than_is_asked(made):
+    for file in (made / "transformer").glob("*.safetensors"):
+        assert sum(t.numel() * t.element_size() for t in load_file(file).values()) <= WAN.shard_bytes
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_others(made, tmp_path):
+    synthetic.write(WAN, tmp_path / "again", nothing)
+    synthetic.write(WAN, tmp_path / "other", nothing, seed=1)
+    assert hashes(tmp_path / "again") == hashes(made)
+    same = hashes(tmp_path / "other").items() & hashes(made).items()
+    assert not [name for name, _ in same if name.endswith(".safetensors")]
+
+
+def test_one_input_channel_in_64_is_an_outlier_and_the_rest_is_of_its_layer_s_scale(tensors):
+    weight = tensors["blocks.0.attn1.to_q.weight"].float()  # 128 inputs
+    spread = weight.std(dim=0) * 128**0.5
+    assert ((spread - synthetic.OUTLIER).abs() < SAMPLED * 3 * synthetic.OUTLIER).sum() == 2
+    assert ((spread - 1).abs() < 3 * SAMPLED).sum() == 126
+
+
+def test_no_row_comes_twice(tensors):
+    rows = torch.cat([tensor for key, tensor in tensors.items() if key.endswith(("to_q.weight", "to_k.weight"))])
+    assert len(rows.unique(dim=0)) == len(rows) == 8 * 128
+
+
+def test_values_that_go_around_the_pool_go_on_behind_its_end():
+    pool = torch.arange(10.0)
+    long = synthetic._around(pool, 8, synthetic.Blank(torch.float32, (23,)))
+    assert long.tolist() == [(8 + i) % 10 for i in range(23)]
+
+
+def test_gains_are_around_one_and_biases_around_zero(tensors):
+    assert abs(float(tensors["blocks.0.attn1.norm_q.weight"].float().mean()) - 1) < synthetic.AROUND
+    assert abs(float(tensors["blocks.0.attn1.to_q.bias"].float().mean())) < synthetic.AROUND
+
+
+def test_a_folder_that_is_there_is_left_alone(made):
+    before = hashes(made)
+    with pytest.raises(FileExistsError, match="choose another name"):
+        synthetic.write(WAN, made, nothing, seed=1)
+    assert hashes(made) == before
+
+
+def test_a_disk_without_room_is_known_before_the_first_tensor(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match=r"[\d,]+ bytes are to be written and 1,000 are free"):
+        synthetic.write(WAN, tmp_path / "checkpoint", lambda done, of: seen.append(done))
+    assert not seen
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_begun_and_not_ended_leaves_nothing(tmp_path):
+    def stop(done, of):
+        if done > of / 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        synthetic.write(WAN, tmp_path / "checkpoint", stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_byte_is_told(tmp_path):
+    told = []
+    synthetic.write(replace(WAN, dtype=torch.bfloat16), tmp_path / "c", lambda done, of: told.append((done, of)))
+    index = json.loads((tmp_path / "c" / "transformer" / f"{NAME}.safetensors.index.json").read_text())
+    assert told[-1] == (index["metadata"]["total_size"],) * 2
+
+
+def test_two_experts_come_in_two_folders_and_are_not_the_same(tmp_path):
+    told = []
+    published = replace(WAN, networks=2, index={"boundary_ratio": 0.875})
+    synthetic.write(published, tmp_path / "c", lambda done, of: told.append((done, of)))
+    assert json.loads((tmp_path / "c" / "model_index.json").read_text())["boundary_ratio"] == 0.875
+    names = ("transformer", "transformer_2")
+    assert registry.family("wan").components(tmp_path / "c") == names
+    first, second = (load_file(min((tmp_path / "c" / name).glob("*.safetensors"))) for name in names)
+    assert first.keys() == second.keys()
+    assert not any(torch.equal(first[key], second[key]) for key in first)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1][0] == told[-1][1]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_published_checkpoint_is_one_that_its_family_compresses(tmp_path, monkeypatch, name):
+    """Its configs, without weights."""
+
+    def empty(network, folder, *_):
+        folder.mkdir()
+        network.save_config(folder)
+
+    monkeypatch.setattr(synthetic, "write_network", empty)
+    synthetic.write(PUBLISHED[name], tmp_path / "c", nothing)
+    family = registry.family_of(tmp_path / "c")
+    assert family.name == PUBLISHED[name].family
+    family.check(tmp_path / "c")
+    assert len(family.components(tmp_path / "c")) == PUBLISHED[name].networks
+
+
+def test_it_becomes_an_artifact_layer_by_layer(made, tmp_path):
+    words = {"base": "synthetic", "device": "cpu", "on_bytes": nothing}
+    manifest = stream.compress(registry.family("wan"), made, Rtn(), W4A8, AttentionPlan(), tmp_path / "out", **words)
+    assert artifact.verify(tmp_path / "out") == manifest
+    assert len(manifest.layers) == 20

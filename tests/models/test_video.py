@@ -1,0 +1,101 @@
+"""How a pipeline's transformer is loaded: as diffusers loads it, and strictly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+
+from models import registry, synthetic
+from models.wan import Wan
+from tests.models.synthetics import NAME, WAN, nothing, renamed, shard_of
+
+KEY = "blocks.1.ffn.net.2.weight"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A whole small checkpoint of each family."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("wan", "hunyuan_video", "cogvideox"):
+        registry.family(name).tiny(folder / name)
+    return folder
+
+
+@pytest.fixture
+def sharded(tiny, tmp_path):
+    """The small Wan with a synthetic transformer under the hub's names."""
+    folder = tmp_path / "sharded"
+    shutil.copytree(tiny / "wan", folder)
+    shutil.rmtree(folder / "transformer")
+    network = Wan().skeleton(tiny / "wan")
+    synthetic.write_network(network, folder / "transformer", torch.bfloat16, 20_000, 0, nothing)
+    assert len(list((folder / "transformer").glob(f"{NAME}-*-of-*.safetensors"))) > 2
+    return folder
+
+
+def same(one, other):
+    """Parameters and buffers, those that no file holds too."""
+    a, b = ({**dict(network.named_parameters()), **dict(network.named_buffers())} for network in (one, other))
+    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox"])
+def test_a_transformer_is_loaded_as_diffusers_loads_it(tiny, name, dtype):
+    family = registry.family(name)
+    got = family.network(tiny / name, "transformer", "cpu", dtype)
+    assert same(got, family.transformer.from_pretrained(tiny / name, subfolder="transformer", dtype=dtype))
+    assert not got.training
+    assert not any(parameter.requires_grad for parameter in got.parameters())
+
+
+def test_places_that_no_file_holds_are_there(tiny, tmp_path):
+    """CogVideoX 2B adds its places to the tokens, and computes them."""
+    config = CogVideoXTransformer3DModel.load_config(tiny / "cogvideox" / "transformer")
+    network = CogVideoXTransformer3DModel.from_config(config | {"use_rotary_positional_embeddings": False})
+    network.save_pretrained(tmp_path / "transformer")
+    got = registry.family("cogvideox").network(tmp_path, "transformer", "cpu", torch.float32)
+    assert got.patch_embed.pos_embedding.abs().sum() > 0
+    assert same(got, network)
+
+
+def test_a_sharded_checkpoint_under_the_hub_s_names_is_loaded_whole(sharded):
+    network = Wan().load(sharded, "cpu", torch.float32).network
+    stock = Wan.transformer.from_pretrained(sharded, subfolder="transformer", dtype=torch.float32)
+    assert same(network, stock)
+
+
+def test_a_renamed_key_is_named(sharded):
+    renamed(sharded / "transformer", KEY, "blocks.1.ffn.net.3.weight")
+    said = rf"missing: \['{KEY}'\]; tensors of no layer: \['blocks.1.ffn.net.3.weight'\]"
+    with pytest.raises(ValueError, match=said):
+        Wan().load(sharded, "cpu", torch.float32)
+
+
+def test_a_shard_that_is_missing_or_cut_off_is_named(sharded):
+    file = shard_of(sharded / "transformer", KEY)
+    data = file.read_bytes()
+    file.write_bytes(data[:-8])
+    with pytest.raises(ValueError, match=rf"{file.name} has .* it is not whole"):
+        Wan().load(sharded, "cpu", torch.float32)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{file.name}, which is not there"):
+        Wan().load(sharded, "cpu", torch.float32)
+
+
+def test_a_tensor_of_another_shape_is_named(sharded):
+    path = sharded / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ffn_dim": 40}))
+    with pytest.raises(ValueError, match=r"ffn\.net\.0\.proj\.weight is .* the network has .* \[40, "):
+        Wan().load(sharded, "cpu", torch.float32)
+
+
+def test_a_folder_that_holds_its_transformer_alone_is_no_pipeline(tmp_path):
+    synthetic.write(WAN, tmp_path / "c", nothing)
+    said = r"c is no whole WanPipeline: its model_index.json has no tokenizer, text_encoder, vae, scheduler\..*--stream"
+    with pytest.raises(ValueError, match=said):
+        Wan().load(tmp_path / "c", "cpu", torch.float32)
