@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from quant_runtime.convert import prepare, report
 from quant_runtime.formats import QuantFormat
 from quant_runtime.linear import LinearSpec
 from quant_runtime.methods import METHODS, DataFree, Method
+from quant_runtime.rules import Rule, formats
 from quant_runtime.tensor_files import Blank, TensorFiles, TensorWriter
 
 SYNC_BYTES = 256 << 20  # written between two syncs: all that a crash costs
@@ -84,6 +85,7 @@ def compress(
     base: str,
     device: str,
     on_bytes: OnBytes,
+    rules: Sequence[Rule] = (),
     replace: bool = False,
     sync_bytes: int = SYNC_BYTES,
 ) -> Manifest:
@@ -99,13 +101,13 @@ def compress(
         raise ValueError(f"method {kind} needs calibration, and layer by layer nothing is run: take {others}")
     artifact.check_free(out, replace)
     network = family.skeleton(source)
-    names = family.linears(network) if format_.quantized else []
+    chosen = formats(network, family.linears(network), format_, rules)
+    low = {name: its for name, its in chosen.items() if its.quantized}
     with TensorFiles.open(source / family.component, family.weights) as files:
         _check_keys(files, network, source)
-        widths = {name: files.tensors[f"{name}.weight"].shape[1] for name in names}
-        specs = {name: method.spec(width, format_) for name, width in widths.items()}
+        specs = {name: method.spec(files.tensors[f"{name}.weight"].shape[1], its) for name, its in low.items()}
         prepare(network, specs)
-        work = _Work(family, files, specs, method, format_, device, on_bytes, sync_bytes)
+        work = _Work(family, files, specs, method, device, on_bytes, sync_bytes)
         partial = out.parent / f".{out.name}.partial"
         with _journal(partial.with_name(f"{partial.name}.jsonl"), work.fingerprint(base)) as journal:
             try:
@@ -117,6 +119,7 @@ def compress(
                     base=Base(name=base),
                     method=artifact.method_record(method),
                     layers=records,
+                    kept=tuple(name for name in chosen if name not in low) if low else (),
                     attention=AttentionRecord.of(attention),
                     serving={"kind": family.kind, "limits": json.loads(json.dumps(asdict(family.limits(source))))},
                 )
@@ -136,7 +139,6 @@ class _Work:
     files: TensorFiles
     specs: Mapping[str, LinearSpec]
     method: DataFree
-    format: QuantFormat
     device: str
     on_bytes: OnBytes
     sync_bytes: int
@@ -144,7 +146,8 @@ class _Work:
     def fingerprint(self, base: str) -> str:
         """Of all that decides the bytes: another command, or another checkpoint, does not go on with this one's."""
         seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files.files()]
-        facts = (__version__, self.family.name, base, repr(self.method), str(self.format), artifact.SHARD_BYTES, seen)
+        specs = repr(dict(self.specs))
+        facts = (__version__, self.family.name, base, repr(self.method), specs, artifact.SHARD_BYTES, seen)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def run(self, network: nn.Module, folder: Path, journal: _Journal) -> dict[str, LayerRecord]:
@@ -195,7 +198,7 @@ class _Work:
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias.to(self.device), requires_grad=False)
-        quantized = self.method.quantize(layer, None, self.format)
+        quantized = self.method.quantize(layer, None, self.specs[unit].format)
         record = artifact.layer_records({unit: report(layer, quantized, None)})[unit]
         return {f"{unit}.{name}": tensor for name, tensor in quantized.state_dict().items()}, record
 

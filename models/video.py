@@ -31,7 +31,7 @@ from quant_runtime import artifact, quality
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, describe_paths
 from quant_runtime.kernels._cpu import give_back_freed_memory
-from quant_runtime.linear import QuantLinear, fuse
+from quant_runtime.linear import QuantLinear, fusable, fuse
 from quant_runtime.sparsity.base import TokenLayout
 
 SERVING = "serving.json"  # beside model_index.json: what this checkpoint takes, where that is not its family's own
@@ -148,11 +148,11 @@ class VideoModel(ABC):
         ]
 
     def fuse_projections(self) -> None:
-        """Quantized projections of one input become one layer, so that it is rounded once."""
+        """Quantized projections of one input become one layer, so that it is rounded once; not those that differ."""
         for attention in self.attentions().values():
             for fused, group in self.projections.items():
                 layers = [layer for name in group if isinstance(layer := getattr(attention, name, None), QuantLinear)]
-                if len(layers) == len(group):
+                if len(layers) == len(group) and all(fusable(layers[0], layer) for layer in layers):
                     setattr(attention, fused, fuse(layers))
                     for name in group:
                         delattr(attention, name)

@@ -147,6 +147,7 @@ class Manifest(_Strict):
     base: Base
     method: Named
     layers: dict[str, LayerRecord]
+    kept: tuple[str, ...] = ()  # of the layers that shrink by default, those that stay in 16 bits here
     calibration: str | None = None  # SHA-256 of what the layers were fed (calibrate.fingerprint)
     attention: AttentionRecord | None = None
     quality: dict[str, JsonValue] = {}  # what was measured against full precision, by name

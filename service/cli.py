@@ -104,7 +104,18 @@ def worker(
 
 Method = Annotated[str, typer.Option(help="none, rtn, smoothquant or quarot.")]
 Bits = Annotated[
-    str, typer.Option(help="Of weights, 2 to 8, and activations, 8, 6 or 4: w8a8, w4a6, w3a6, w2a8; w16a16 with none.")
+    list[str] | None,
+    typer.Option(
+        metavar="[PATTERN=]FORMAT",
+        show_default=False,
+        help="Of weights, 2 to 8, and activations, 8, 6 or 4: w8a8 (default), w4a6, w3a6, w2a8; w16a16 with none. "
+        "Repeatable: 'ff.*=w8a8' is for layers whose dotted name, or what follows a dot in it, is so; later ones win, "
+        "and one that matches nothing in the blocks asks for embedders or the head.",
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layers that stay in 16 bits: 'blocks.0.*'; repeatable, wins over --bits."),
 ]
 
 
@@ -115,7 +126,8 @@ def quantize(
     ],
     out: Annotated[Path, typer.Option(help="The artifact's folder.")],
     method: Method = "rtn",
-    bits: Bits = "w8a8",
+    bits: Bits = None,
+    keep: Keep = None,
     sparsity: Annotated[
         str, typer.Option(help="dense, or POLICY:density with further fields behind commas: topk:0.25,block=64.")
     ] = "dense",
@@ -146,7 +158,8 @@ def quantize(
         from service import offline
 
         plan = offline.plan(sparsity, warmup, qk_bits, dense_qk_bits)
-        recipe = offline.recipe(method, bits, option or [], plan, calibration_samples, judging_samples)
+        given = (option or [], plan, calibration_samples, judging_samples, keep or [])
+        recipe = offline.recipe(method, bits or [], *given)
         device = device or os.environ.get("LOWBIT_DEVICE", "auto")
         make = offline.stream if stream else offline.quantize
         manifest = make(source, recipe, out, device, replace, console)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,10 +30,11 @@ from models.stream import Streamed
 from quant_runtime import artifact, fields
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, QkBits
-from quant_runtime.formats import W16A16, QuantFormat
+from quant_runtime.formats import W8A8, W16A16, QuantFormat
 from quant_runtime.kernels._cpu import keep_freed_memory
 from quant_runtime.linear import LinearSpec
 from quant_runtime.methods import METHODS
+from quant_runtime.rules import Rule
 from quant_runtime.sparsity import POLICIES
 from service.settings import DEVICE
 
@@ -47,21 +48,40 @@ STAGES = {
 
 
 def recipe(
-    method: str, bits: str, settings: Sequence[str], attention: AttentionPlan, calibration: int, judging: int
+    method: str,
+    bits: Sequence[str],
+    settings: Sequence[str],
+    attention: AttentionPlan,
+    calibration: int,
+    judging: int,
+    keep: Sequence[str] = (),
 ) -> Recipe:
-    """ValueError names the option and what would do."""
-    format_ = QuantFormat.parse(bits)
-    if (method == "none") != (format_ == W16A16):
-        raise ValueError(f"--method none goes with --bits w16a16 and with no other; got {method} and {bits}")
-    if format_ != W16A16:
-        LinearSpec(format_)  # refuses a format that no kernel runs, before an hour of calibration
+    """ValueError names the option and what would do. `keep` wins over `bits`, and of `bits` the later."""
+    format_, rules = _formats(bits)
+    asked = {format_, *(rule.format for rule in rules)}
+    if (method == "none") != (asked == {W16A16}):
+        given = ", ".join(bits) or str(W8A8)
+        raise ValueError(f"--method none goes with --bits w16a16 and with no other; got {method} and {given}")
+    for one in asked - {W16A16}:
+        LinearSpec(one)  # refuses a format that no kernel runs, before an hour of calibration
     return Recipe(
         method=fields.build(METHODS, method, dict(_pair(s) for s in settings)),
         format=format_,
         attention=attention,
         calibration_samples=calibration,
         judging_samples=judging,
+        rules=(*rules, *(Rule(pattern, W16A16) for pattern in keep)),
     )
+
+
+def _formats(bits: Sequence[str]) -> tuple[QuantFormat, list[Rule]]:
+    """FORMAT is that of all layers, W8A8 where none is given; PATTERN=FORMAT a rule of its own."""
+    plain = [text for text in bits if "=" not in text]
+    if len(plain) > 1:
+        raise ValueError(f"--bits takes one format for all layers, others as PATTERN=FORMAT; got {', '.join(plain)}")
+    pairs = [_pair(text, "--bits is FORMAT or PATTERN=FORMAT") for text in bits if "=" in text]
+    rules = [Rule(pattern, QuantFormat.parse(format_)) for pattern, format_ in pairs]
+    return QuantFormat.parse(plain[0]) if plain else W8A8, rules
 
 
 def plan(sparsity: str, warmup: float, qk_bits: int, dense_qk_bits: int) -> AttentionPlan:
@@ -84,10 +104,10 @@ def _bits(option: str, given: int) -> QkBits:
     raise ValueError(f"{option} is 8 or 16; got {given}")
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _pair(text: str, said: str = "a field is set as NAME=VALUE") -> tuple[str, str]:
     name, sign, value = text.partition("=")
     if not sign or not name:
-        raise ValueError(f"a field is set as NAME=VALUE; got {text!r}")
+        raise ValueError(f"{said}; got {text!r}")
     return name, value
 
 
@@ -127,7 +147,7 @@ def stream(source: str, made: Recipe, out: Path, device: str, replace: bool, con
         bar = progress.add_task("quantizing layer by layer", total=None)
         return layers.compress(
             family, folder, made.method, made.format, made.attention, out, base=_base(source, folder),
-            device=resolve(device), replace=replace,
+            device=resolve(device), rules=made.rules, replace=replace,
             on_bytes=lambda done, of: progress.update(bar, completed=done, total=of),
         )  # fmt: skip
 
@@ -159,13 +179,21 @@ def describe(folder: Path, manifest: Manifest) -> Table:
 
 def rows(manifest: Manifest) -> list[tuple[str, str]]:
     formats = Counter(layer.format for layer in manifest.layers.values())
+    counted = [f"{count} × {name}" for name, count in formats.most_common()]
+    if manifest.kept:
+        counted.append(f"{len(manifest.kept)} kept in 16 bits")
     packed, full = manifest.layer_bytes()
     lines = [
         ("family", manifest.family),
         ("base", manifest.base.name + (f" @ {manifest.base.revision}" if manifest.base.revision else "")),
         ("method", _named(manifest.method)),
-        ("layers", ", ".join(f"{count} × {name}" for name, count in formats.most_common()) or "all in 16 bits"),
+        ("layers", ", ".join(counted) or "all in 16 bits"),
     ]
+    if len(counted) > 1:  # the most common is the rest
+        for name, _ in formats.most_common()[1:]:
+            lines.append((name, _spans(layer for layer, its in manifest.layers.items() if its.format == name)))
+        if manifest.kept:
+            lines.append(("16 bits", _spans(manifest.kept)))
     if packed:
         lines.append(("their bytes", f"{packed:,} for {full:,} in 16 bits: {full / packed:.2f}× smaller"))
     lines.append(("all files", f"{sum(f.bytes for f in manifest.files.values()):,} bytes in {len(manifest.files)}"))
@@ -177,6 +205,26 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         lines.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
     lines.append(("made by", manifest.runtime))
     return lines
+
+
+def _spans(names: Iterable[str]) -> str:
+    """Names that differ in their first number alone as one: blocks.0-3.ffn.net.2"""
+    numbers: dict[tuple[str, ...], list[int]] = {}
+    for name in names:
+        head, *found = re.split(r"(?<=\.)(\d+)(?=\.)", name, maxsplit=1)
+        numbers.setdefault((head, *found[1:]), []).extend(int(number) for number in found[:1])
+    return ", ".join(_runs(sorted(its)).join(parts) if its else parts[0] for parts, its in numbers.items())
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """0-2,5 of 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _named(named: artifact.Named) -> str:

@@ -10,6 +10,7 @@ import textwrap
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from models import compress, load, registry, stream
@@ -20,6 +21,8 @@ from quant_runtime import artifact
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W4A8, W8A8, W16A16
 from quant_runtime.methods import Keep, QuaRot, Rtn, SmoothQuant
+from quant_runtime.rules import Rule
+from tests.models import films
 
 KILLS = 20
 INPUTS = VideoInputs(prompt="a red ball", width=96, height=64, frames=9, fps=8, steps=2, guidance=2.0, seed=0)
@@ -95,6 +98,37 @@ def test_layer_by_layer_comes_out_what_comes_out_of_the_whole(checkpoint, whole,
     films = [load.load(tmp_path / x, "cpu").film(INPUTS, lambda done, of: None).frames for x in "ab"]
     assert (films[0] == films[1]).all()
     assert not left(tmp_path / "b")
+
+
+MIXED = (Rule("to_v", W8A8), Rule("blocks.1.attn1.to_q", W16A16), Rule("text_embedder.*", W8A8))
+
+
+@pytest.mark.parametrize("method", [Rtn(), QuaRot()])
+def test_formats_by_pattern_come_out_the_same_both_ways_and_run_where_projections_differ(
+    checkpoint, whole, tmp_path, method
+):
+    recipe = Recipe(method, W4A8, judging_samples=0, rules=MIXED)
+    compress.compress(Wan(), whole, recipe, tmp_path / "a", base="tiny", device="cpu", on_progress=lambda *_: None)
+    made = streamed(checkpoint, tmp_path / "b", method, rules=MIXED)
+    one, other = (load_file(tmp_path / x / "transformer" / "diffusion_pytorch_model.safetensors") for x in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert made.kept == ("blocks.1.attn1.to_q",)
+    assert made.layers["blocks.0.attn1.to_v"].format == "W8A8"
+    assert made.layers["condition_embedder.text_embedder.linear_2"].format == "W8A8"
+    model = Wan().load(tmp_path / "b", "cpu", torch.float32)
+    model.fuse_projections()
+    assert not hasattr(model.network.blocks[0].attn1, "fused_qkv")
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    want = films.stock(plain, negative_prompt="", guidance_scale=2.0, max_sequence_length=64)
+    assert films.apart(model.film(films.inputs(), films.nothing).frames, want) <= 1  # a rounding of 8 bits
+
+
+def test_equal_projections_are_fused_beside_others_that_are_not(checkpoint, tmp_path):
+    streamed(checkpoint, tmp_path / "out", rules=(Rule("blocks.0.attn1.to_v", W8A8),))
+    blocks = load.load(tmp_path / "out", "cpu").network.blocks
+    assert [hasattr(block.attn1, "fused_qkv") for block in blocks] == [False, True]
 
 
 @pytest.mark.parametrize("name", ["hunyuan_video", "cogvideox"])
