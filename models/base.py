@@ -140,6 +140,7 @@ class Family(Protocol):
     name: str
     kind: Kind
     component: str  # the folder inside a checkpoint that holds the network's weights; "" is the checkpoint itself
+    originals: Sequence[tuple[str, str]]  # what its authors call the network's layers, as models/lora.py reads it
 
     def recognizes(self, folder: Path) -> bool:
         """Is this folder a checkpoint of mine? Reads configs alone."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from models.base import Family
+from models.lora import Lora, Loras
 from quant_runtime import artifact
 from quant_runtime.artifact import AttentionRecord, Base, Manifest
 from quant_runtime.attention import AttentionPlan
@@ -35,6 +36,7 @@ class Recipe:
     calibration_samples: int = 1
     judging_samples: int = 1  # 0 leaves quality out of the manifest
     rules: tuple[Rule, ...] = ()  # layers that get another format than `format`
+    loras: tuple[Lora, ...] = ()  # merged before anything else
 
 
 def compress(
@@ -72,6 +74,8 @@ def _written(
 ) -> tuple[Manifest, list[torch.Tensor]]:
     """The artifact without its quality, and what the checkpoint made of the judging samples in full precision."""
     model = family.load(source, device, torch.float32)
+    with Loras(recipe.loras, model.network, family.originals) as loras:
+        loras.merge_into(model.network)
     chosen = formats(model.network, model.layers(), recipe.format, recipe.rules)
     layers = [name for name, format_ in chosen.items() if format_.quantized]
     full = model.outputs(recipe.judging_samples, partial(on_progress, "full precision"))
@@ -83,7 +87,7 @@ def _written(
     reports = convert(model.network, plan, stats, lambda _, done, of: on_progress("quantize", done, of))
     manifest = Manifest(
         family=family.name,
-        base=Base(name=base),
+        base=Base(name=base, loras=loras.records),
         method=artifact.method_record(recipe.method),
         layers=artifact.layer_records(reports),
         kept=tuple(name for name in chosen if name not in reports) if reports else (),

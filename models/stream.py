@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from models.base import Kind, VideoLimits
+from models.lora import Lora, Loras
 from quant_runtime import __version__, artifact
 from quant_runtime.artifact import AttentionRecord, Base, LayerRecord, Manifest
 from quant_runtime.attention import AttentionPlan
@@ -47,6 +48,7 @@ class Streamed(Protocol):
     component: str  # the folder inside a checkpoint that holds the network
     weights: str  # the name of its safetensors files, without what tells shards apart
     stored: torch.dtype  # of floats in an artifact
+    originals: Sequence[tuple[str, str]]  # what its authors call the network's layers, as models/lora.py reads it
 
     def skeleton(self, folder: Path) -> nn.Module:
         """The checkpoint's network on the meta device, by its config."""
@@ -86,6 +88,7 @@ def compress(
     device: str,
     on_bytes: OnBytes,
     rules: Sequence[Rule] = (),
+    loras: Sequence[Lora] = (),
     replace: bool = False,
     sync_bytes: int = SYNC_BYTES,
 ) -> Manifest:
@@ -103,11 +106,14 @@ def compress(
     network = family.skeleton(source)
     chosen = formats(network, family.linears(network), format_, rules)
     low = {name: its for name, its in chosen.items() if its.quantized}
-    with TensorFiles.open(source / family.component, family.weights) as files:
+    with (
+        TensorFiles.open(source / family.component, family.weights) as files,
+        Loras(loras, network, family.originals) as changes,
+    ):
         _check_keys(files, network, source)
         specs = {name: method.spec(files.tensors[f"{name}.weight"].shape[1], its) for name, its in low.items()}
         prepare(network, specs)
-        work = _Work(family, files, specs, method, device, on_bytes, sync_bytes)
+        work = _Work(family, files, changes, specs, method, device, on_bytes, sync_bytes)
         partial = out.parent / f".{out.name}.partial"
         with _journal(partial.with_name(f"{partial.name}.jsonl"), work.fingerprint(base)) as journal:
             try:
@@ -116,7 +122,7 @@ def compress(
                 family.write_around(network, source, partial)
                 manifest = Manifest(
                     family=family.name,
-                    base=Base(name=base),
+                    base=Base(name=base, loras=changes.records),
                     method=artifact.method_record(method),
                     layers=records,
                     kept=tuple(name for name in chosen if name not in low) if low else (),
@@ -137,6 +143,7 @@ class _Work:
 
     family: Streamed
     files: TensorFiles
+    changes: Loras
     specs: Mapping[str, LinearSpec]
     method: DataFree
     device: str
@@ -146,8 +153,8 @@ class _Work:
     def fingerprint(self, base: str) -> str:
         """Of all that decides the bytes: another command, or another checkpoint, does not go on with this one's."""
         seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files.files()]
-        specs = repr(dict(self.specs))
-        facts = (__version__, self.family.name, base, repr(self.method), specs, artifact.SHARD_BYTES, seen)
+        how = (repr(self.method), repr(dict(self.specs)), repr(self.changes.records))
+        facts = (__version__, self.family.name, base, *how, artifact.SHARD_BYTES, seen)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def run(self, network: nn.Module, folder: Path, journal: _Journal) -> dict[str, LayerRecord]:
@@ -188,7 +195,7 @@ class _Work:
         tensor = self.files.read(key)
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{self.files.tensors[key].file}: {key} has a value that is not finite")
-        return tensor
+        return self.changes.merged(key, tensor)
 
     def _made(self, unit: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], LayerRecord | None]:
         if unit not in self.specs:

@@ -226,6 +226,7 @@ class Vggt:
     name = "vggt"
     kind: Kind = "scene"
     component = ""
+    originals: Sequence[tuple[str, str]] = ()
 
     def recognizes(self, folder: Path) -> bool:
         path = folder / "config.json"

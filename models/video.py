@@ -268,6 +268,7 @@ class PipelineFamily(ABC, Generic[M]):
     component = "transformer"
     weights = "diffusion_pytorch_model"
     stored = torch.bfloat16
+    originals: Sequence[tuple[str, str]] = ()
     pipeline: ClassVar[Any]  # diffusers' class
     transformer: ClassVar[Any]  # and that of its network
     model: type[M]

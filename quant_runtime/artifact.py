@@ -128,11 +128,20 @@ class AttentionRecord(_Strict):
         return AttentionPlan(policy, self.warmup, self.dense_layers, self.qk_bits, self.dense_qk_bits)
 
 
+class LoraRecord(_Strict):
+    """What was merged into the checkpoint: its file's name and hash, and how strongly."""
+
+    name: str
+    scale: float
+    sha256: str
+
+
 class Base(_Strict):
     """The checkpoint that was compressed."""
 
     name: str
     revision: str | None = None
+    loras: tuple[LoraRecord, ...] = ()
 
 
 class FileRecord(_Strict):

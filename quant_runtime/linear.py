@@ -181,7 +181,9 @@ def fuse(layers: Sequence[QuantLinear]) -> QuantLinear:
     first = layers[0]
     for layer in layers[1:]:
         if not fusable(first, layer):
-            raise ValueError(f"layers that are fused treat their input alike, with a bias or without: {first}, {layer}")
+            raise ValueError(
+                f"layers that are fused treat their input alike, and have a bias all or none; got {first}, {layer}"
+            )
     outputs = sum(layer.out_features for layer in layers)
     fused = QuantLinear(first.in_features, outputs, first.spec, bias=first.bias is not None, device="meta")
     state: dict[str, Any] = dict(first.state_dict())

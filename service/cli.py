@@ -117,6 +117,12 @@ Keep = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Layers that stay in 16 bits: 'blocks.0.*'; repeatable, wins over --bits."),
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH[:SCALE]", help="A LoRA's safetensors file or folder, merged before all else; repeatable."
+    ),
+]
 
 
 @app.command()
@@ -128,6 +134,7 @@ def quantize(
     method: Method = "rtn",
     bits: Bits = None,
     keep: Keep = None,
+    lora: Loras = None,
     sparsity: Annotated[
         str, typer.Option(help="dense, or POLICY:density with further fields behind commas: topk:0.25,block=64.")
     ] = "dense",
@@ -158,7 +165,7 @@ def quantize(
         from service import offline
 
         plan = offline.plan(sparsity, warmup, qk_bits, dense_qk_bits)
-        given = (option or [], plan, calibration_samples, judging_samples, keep or [])
+        given = (option or [], plan, calibration_samples, judging_samples, keep or [], lora or [])
         recipe = offline.recipe(method, bits or [], *given)
         device = device or os.environ.get("LOWBIT_DEVICE", "auto")
         make = offline.stream if stream else offline.quantize

@@ -26,6 +26,7 @@ from rich.table import Table
 from models import compress, registry
 from models import stream as layers
 from models.compress import Recipe
+from models.lora import Lora
 from models.stream import Streamed
 from quant_runtime import artifact, fields
 from quant_runtime.artifact import Manifest
@@ -55,6 +56,7 @@ def recipe(
     calibration: int,
     judging: int,
     keep: Sequence[str] = (),
+    loras: Sequence[str] = (),
 ) -> Recipe:
     """ValueError names the option and what would do. `keep` wins over `bits`, and of `bits` the later."""
     format_, rules = _formats(bits)
@@ -71,6 +73,7 @@ def recipe(
         calibration_samples=calibration,
         judging_samples=judging,
         rules=(*rules, *(Rule(pattern, W16A16) for pattern in keep)),
+        loras=tuple(Lora.parse(text) for text in loras),
     )
 
 
@@ -147,7 +150,7 @@ def stream(source: str, made: Recipe, out: Path, device: str, replace: bool, con
         bar = progress.add_task("quantizing layer by layer", total=None)
         return layers.compress(
             family, folder, made.method, made.format, made.attention, out, base=_base(source, folder),
-            device=resolve(device), rules=made.rules, replace=replace,
+            device=resolve(device), rules=made.rules, loras=made.loras, replace=replace,
             on_bytes=lambda done, of: progress.update(bar, completed=done, total=of),
         )  # fmt: skip
 
@@ -186,6 +189,7 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
     lines = [
         ("family", manifest.family),
         ("base", manifest.base.name + (f" @ {manifest.base.revision}" if manifest.base.revision else "")),
+        *(("merged", f"{lora.name} × {lora.scale:g}") for lora in manifest.base.loras),
         ("method", _named(manifest.method)),
         ("layers", ", ".join(counted) or "all in 16 bits"),
     ]

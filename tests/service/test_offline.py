@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from models import load
@@ -207,6 +209,18 @@ def test_layers_get_the_format_that_their_pattern_asks_for_and_inspect_says_so(m
     assert manifest["kept"] == [f"blocks.0.attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
     film = load.load(out, "cpu").film(inputs(), nothing)
     assert film.frames.any()
+
+
+def test_a_lora_is_merged_with_its_scale_and_inspect_names_it(made, tmp_path):
+    layer, path = "transformer.blocks.0.ffn.net.2", tmp_path / "style.safetensors"
+    pair = {f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(24, 2)}
+    save_file(pair, path)
+    words = ["quantize", str(made[0].parent / "tiny"), "--stream", "--lora", f"{path}:0.5"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert ("merged", "style.safetensors × 0.5") in offline.rows(artifact.read_manifest(tmp_path / "out"))
+    refused = CliRunner().invoke(app, [*words, "--lora", str(tmp_path / "none"), "--out", str(tmp_path / "other")])
+    assert (refused.exit_code, "none is no safetensors file" in " ".join(refused.output.split())) == (2, True)
 
 
 @pytest.mark.parametrize("way", [[], ["--stream"]])
