@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from models import hub
 from models.base import Family
 from models.lora import Lora, Loras
 from quant_runtime import artifact
@@ -87,7 +88,7 @@ def _written(
     reports = convert(model.network, plan, stats, lambda _, done, of: on_progress("quantize", done, of))
     manifest = Manifest(
         family=family.name,
-        base=Base(name=base, loras=loras.records),
+        base=Base(name=base, revision=hub.revision(source), loras=loras.records),
         method=artifact.method_record(recipe.method),
         layers=artifact.layer_records(reports),
         kept=tuple(name for name in chosen if name not in reports) if reports else (),

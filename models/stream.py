@@ -22,6 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from models import hub
 from models.base import Kind, VideoLimits
 from models.lora import Lora, Loras
 from quant_runtime import __version__, artifact
@@ -122,7 +123,7 @@ def compress(
                 family.write_around(network, source, partial)
                 manifest = Manifest(
                     family=family.name,
-                    base=Base(name=base, loras=changes.records),
+                    base=Base(name=base, revision=hub.revision(source), loras=changes.records),
                     method=artifact.method_record(method),
                     layers=records,
                     kept=tuple(name for name in chosen if name not in low) if low else (),

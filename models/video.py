@@ -323,9 +323,12 @@ class PipelineFamily(ABC, Generic[M]):
         artifact.write_weights(model.network, target / self.component, self.weights)
 
     def write_around(self, network: Any, source: Path, target: Path) -> None:
-        """Every file of an artifact but its weights and its manifest. `network` may be on the meta device."""
+        """Every file of an artifact but its weights and its manifest. `network` may be on the meta device.
+
+        Hidden ones, which are the notes of the program that brought the checkpoint, stay behind.
+        """
         for path in sorted(source.iterdir()):
-            if path.name != self.component:
+            if path.name != self.component and not path.name.startswith("."):
                 artifact.link_or_copy(path, target / path.name)
         specs = {name: m.spec for name, m in network.named_modules() if isinstance(m, QuantLinear)}
         if specs:

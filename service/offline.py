@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from models import compress, registry
+from models import compress, hub, registry
 from models import stream as layers
 from models.compress import Recipe
 from models.lora import Lora
@@ -156,7 +156,7 @@ def stream(source: str, made: Recipe, out: Path, device: str, replace: bool, con
 
 
 def _base(source: str, folder: Path) -> str:
-    return source if source in registry.SHIPPED else folder.name
+    return source if source in registry.SHIPPED else hub.name(folder)
 
 
 def resolve(device: str) -> str:
