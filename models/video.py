@@ -9,7 +9,8 @@ import inspect
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
@@ -19,6 +20,7 @@ import numpy as np
 import pydantic
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -32,8 +34,11 @@ from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, describe_paths
 from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.linear import QuantLinear, fusable, fuse
+from quant_runtime.paged import Read, page
 from quant_runtime.sparsity.base import TokenLayout
+from quant_runtime.tensor_files import TensorFiles
 
+ENCODER = "text_encoder"  # the folder of the large one
 SERVING = "serving.json"  # beside model_index.json: what this checkpoint takes, where that is not its family's own
 PROMPTS = (  # where a checkpoint names none of its own
     "A ginger cat walks along a garden wall at sunset, the camera follows from the side",
@@ -168,21 +173,25 @@ class VideoModel(ABC):
         return self.serving.limits
 
     def calibrate(self, samples: int, on_sample: OnStep) -> None:
-        """Short runs (8 steps at most) of the default size: each prompt sees noise of every level."""
-        self._films(self.serving.calibration, samples, min(8, self.limits().steps), on_sample)
+        """Short runs (8 steps at most) of the default size: each prompt sees noise of every level. None is decoded."""
+        self._films(self.serving.calibration, samples, min(8, self.limits().steps), on_sample, decode=False)
 
     def outputs(self, samples: int, on_sample: OnStep) -> list[Tensor]:
         """uint8 [T, H, W, 3] of each judging prompt, seed 0 and up, defaults throughout."""
         return self._films(self.serving.judging, samples, self.limits().steps, on_sample)
 
-    def _films(self, prompts: Sequence[str], samples: int, steps: int, on_sample: OnStep) -> list[Tensor]:
+    def _films(
+        self, prompts: Sequence[str], samples: int, steps: int, on_sample: OnStep, decode: bool = True
+    ) -> list[Tensor]:
         size, films = self.limits(), []
         for i in range(samples):
             inputs = VideoInputs(
                 prompt=prompts[i % len(prompts)], width=size.width, height=size.height, frames=size.frames,
                 fps=size.fps, steps=steps, guidance=size.guidance, seed=i,
             )  # fmt: skip
-            films.append(torch.from_numpy(self.film(inputs, lambda done, of: None).frames))
+            with suppress(_Denoised):
+                film = self.film(inputs, (lambda done, of: None) if decode else _denoised)
+                films.append(torch.from_numpy(film.frames))
             on_sample(i + 1, samples)
         return films
 
@@ -257,6 +266,15 @@ class VideoModel(ABC):
                 raise BadInput(name, f"{name} is at most {self.serving.max_tokens} tokens long, got {tokens}")
 
 
+class _Denoised(Exception):
+    """No error: the way out of a film whose frames nobody wants."""
+
+
+def _denoised(done: int, of: int) -> None:
+    if done == of:
+        raise _Denoised
+
+
 M = TypeVar("M", bound=VideoModel)
 
 
@@ -284,11 +302,18 @@ class PipelineFamily(ABC, Generic[M]):
             raise ValueError(f"{path} is not JSON: {error}") from None
         return isinstance(index, dict) and index.get("_class_name") == self.pipeline.__name__
 
-    def load(self, folder: Path, device: str, dtype: torch.dtype | dict[str, torch.dtype]) -> M:
+    def load(
+        self,
+        folder: Path,
+        device: str,
+        dtype: torch.dtype | dict[str, torch.dtype],
+        parts: Mapping[str, nn.Module] | None = None,
+    ) -> M:
+        """`parts` of the pipeline are there already, and are not read."""
         for library in (diffusers, transformers):  # their bars would be drawn across ours, and into a worker's log
             library.utils.logging.disable_progress_bar()
         try:
-            pipe = self.pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            pipe = self.pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **(parts or {}))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder} is not a whole {self.pipeline.__name__}: {error}") from error
         self.check(pipe, folder)
@@ -335,13 +360,35 @@ class PipelineFamily(ABC, Generic[M]):
             quant_runtime.diffusers.mark(network, specs)
         network.save_config(target / self.component)
 
+    @contextmanager
+    def paged(self, folder: Path, device: str, read: Read) -> Iterator[M]:
+        """The model that `load` gives in float32, while its network and its text encoder stay on the disk.
+
+        `read` gives the network's tensors by name. Another part of the pipeline is in memory as a whole.
+        """
+        with init_empty_weights(include_buffers=False):  # constants are made: no checkpoint has them
+            network = self._made(folder)
+            encoder = _text_encoder(folder)
+        with TensorFiles.open(folder / ENCODER, "model") as files:
+            tied: Mapping[str, str] = getattr(encoder, "_tied_weights_keys", None) or {}
+            own = {key: key if key in files.tensors else tied.get(key, key) for key in encoder.state_dict()}
+            missing = sorted(set(own.values()) - files.tensors.keys())
+            if missing:
+                raise ValueError(f"{folder / ENCODER} has no {', '.join(missing[:5])}")
+            page(network.eval(), read, device)
+            page(encoder.eval(), lambda key: files.read(own[key]), device)
+            yield self.load(folder, device, torch.float32, {self.component: network, ENCODER: encoder})
+
     def skeleton(self, folder: Path) -> nn.Module:
         """A checkpoint's network on the meta device, by its config."""
+        with torch.device("meta"):
+            return self._made(folder)
+
+    def _made(self, folder: Path) -> nn.Module:
         path = folder / self.component / "config.json"
         try:
             config = self.transformer.load_config(path, local_files_only=True)
-            with torch.device("meta"):
-                network: nn.Module = self.transformer.from_config(config)
+            network: nn.Module = self.transformer.from_config(config)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path} describes no {self.transformer.__name__}: {error}") from error
         return network
@@ -363,6 +410,20 @@ class PipelineFamily(ABC, Generic[M]):
     @abstractmethod
     def tiny(self, folder: Path) -> None:
         """Write a checkpoint with random weights and the real layout, small enough for a test."""
+
+
+def _text_encoder(folder: Path) -> nn.Module:
+    """By its config: to be filled."""
+    path = folder / ENCODER / "config.json"
+    name = json.loads((folder / "model_index.json").read_bytes()).get(ENCODER, [None, None])[1]
+    kind = getattr(transformers, name or "", None)
+    if kind is None or not issubclass(kind, transformers.PreTrainedModel):
+        raise ValueError(f"{folder / 'model_index.json'}: {ENCODER} is no model of transformers: {name}")
+    try:
+        made: nn.Module = kind(kind.config_class.from_pretrained(path.parent, local_files_only=True))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} describes no {name}: {error}") from error
+    return made
 
 
 def linear_inside(network: nn.Module, blocks: tuple[str, ...]) -> list[str]:

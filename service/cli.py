@@ -152,8 +152,8 @@ def quantize(
         bool,
         typer.Option(
             "--stream",
-            help="Layer by layer, for a checkpoint larger than memory, with rtn or quarot: nothing is run or measured, "
-            "and after a crash the same command goes on where it was.",
+            help="Layer by layer, for a checkpoint larger than memory: no quality is measured, and after a crash the "
+            "same command goes on where it was. To calibrate, the checkpoint runs from the disk.",
         ),
     ] = False,
 ) -> None:

@@ -135,7 +135,7 @@ def quantize(source: str, made: Recipe, out: Path, device: str, replace: bool, c
 
 
 def stream(source: str, made: Recipe, out: Path, device: str, replace: bool, console: Console) -> Manifest:
-    """The same layer by layer, with a bar of the checkpoint's bytes. What a recipe says of samples is not looked at."""
+    """The same layer by layer, with bars of the bytes that are read. Nothing is judged."""
     folder = registry.checkpoint(source)
     family = registry.family_of(folder)
     if not isinstance(family, Streamed):
@@ -147,11 +147,18 @@ def stream(source: str, made: Recipe, out: Path, device: str, replace: bool, con
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, refresh_per_second=REFRESHES) as progress:
-        bar = progress.add_task("quantizing layer by layer", total=None)
+        bars = {}
+
+        def show(stage: str, done: int, of: int | None) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(f"{stage} layer by layer", total=None)
+            progress.update(bars[stage], completed=done, total=of)
+
         return layers.compress(
             family, folder, made.method, made.format, made.attention, out, base=_base(source, folder),
             device=resolve(device), rules=made.rules, loras=made.loras, replace=replace,
-            on_bytes=lambda done, of: progress.update(bar, completed=done, total=of),
+            samples=made.calibration_samples, on_bytes=lambda done, of: show("quantizing", done, of),
+            on_calibration=lambda done, of: show("calibrating", done, of),
         )  # fmt: skip
 
 

@@ -20,11 +20,12 @@ from models.wan import Wan
 from quant_runtime import artifact
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W4A8, W8A8, W16A16
-from quant_runtime.methods import Keep, QuaRot, Rtn, SmoothQuant
+from quant_runtime.methods import METHODS, Keep, QuaRot, Rtn, SmoothQuant
 from quant_runtime.rules import Rule
 from tests.models import films
 
 KILLS = 20
+KILLS_CALIBRATING = 8  # each costs an attempt that begins to calibrate
 INPUTS = VideoInputs(prompt="a red ball", width=96, height=64, frames=9, fps=8, steps=2, guidance=2.0, seed=0)
 
 
@@ -131,6 +132,29 @@ def test_equal_projections_are_fused_beside_others_that_are_not(checkpoint, tmp_
     assert [hasattr(block.attn1, "fused_qkv") for block in blocks] == [False, True]
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox"])
+def test_calibrated_layer_by_layer_it_is_the_same_as_of_the_whole(name, tmp_path):
+    """The same bytes, and the same said of every layer: the same sums in the same order."""
+    family, source = registry.family(name), tmp_path / "checkpoint"
+    family.tiny(source)
+    words = {"base": "tiny", "device": "cpu"}
+    recipe = Recipe(SmoothQuant(), W4A8, calibration_samples=2, judging_samples=0)
+    whole = compress.compress(family, source, recipe, tmp_path / "a", on_progress=lambda *_: None, **words)
+    read = []
+    made = stream.compress(
+        family, source, SmoothQuant(), W4A8, AttentionPlan(), tmp_path / "b", samples=2, on_bytes=lambda *_: None,
+        on_calibration=lambda done, of: read.append((done, of)), **words,
+    )  # fmt: skip
+    assert made.calibration == whole.calibration
+    assert made.layers == whole.layers
+    one, other = (load_file(tmp_path / x / "transformer" / "diffusion_pytorch_model.safetensors") for x in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert read[0][1] is None
+    assert read[-1][0] == read[-1][1]
+    assert not left(tmp_path / "b")
+
+
 @pytest.mark.parametrize("name", ["hunyuan_video", "cogvideox"])
 def test_other_families_go_layer_by_layer_too(name, tmp_path):
     family = registry.family(name)
@@ -164,15 +188,15 @@ ATTEMPT = """
     from models.wan import Wan
     from quant_runtime.attention import AttentionPlan
     from quant_runtime.formats import W4A8
-    from quant_runtime.methods import Rtn
+    from quant_runtime.methods import METHODS
 
     def say(*words):
         os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # at once: a kill cuts no line in two
 
     def attempt():
         stream.compress(
-            Wan(), Path(sys.argv[1]), Rtn(), W4A8, AttentionPlan(), Path(sys.argv[2]), base="tiny", device="cpu",
-            on_bytes=lambda done, of: say(done), sync_bytes=1,
+            Wan(), Path(sys.argv[1]), METHODS[sys.argv[3]](), W4A8, AttentionPlan(), Path(sys.argv[2]), base="tiny",
+            device="cpu", on_bytes=lambda *_: say("read"), on_calibration=lambda *_: say("read"), sync_bytes=1,
         )
 
     for line in sys.stdin:  # one attempt a line
@@ -189,28 +213,32 @@ ATTEMPT = """
 """
 
 
-def test_killed_at_any_moment_the_same_command_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_path):
-    want = streamed(checkpoint, tmp_path / "want")
-    read = sum(path.stat().st_size for path in (checkpoint / "transformer").glob("*.safetensors"))
-    command = [sys.executable, "-c", textwrap.dedent(ATTEMPT), str(checkpoint), str(tmp_path / "out")]
+@pytest.mark.parametrize(("method", "kills"), [("rtn", KILLS), ("smoothquant", KILLS_CALIBRATING)])
+def test_killed_at_any_moment_the_same_command_goes_on_and_ends_with_the_same_bytes(
+    checkpoint, tmp_path, method, kills
+):
+    reads = []  # of the network's tensors, in a run that nothing disturbs
+    told = {"on_bytes": lambda *_: reads.append(1), "on_calibration": lambda *_: reads.append(1)}
+    want = streamed(checkpoint, tmp_path / "want", METHODS[method](), **told)
+    command = [sys.executable, "-c", textwrap.dedent(ATTEMPT), str(checkpoint), str(tmp_path / "out"), method]
     drawn, killed = random.Random(0), 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
-        for number in range(KILLS + 1):
+        for number in range(kills + 1):
             print("go", file=process.stdin, flush=True)
             pid = int(process.stdout.readline().split()[1])
-            until = drawn.uniform(0, 1.05) * read if number < KILLS else math.inf  # some at the end, when it renames
-            for line in iter(process.stdout.readline, ""):
+            until = drawn.uniform(0, 1.05) * len(reads) if number < kills else math.inf  # some at the end: it renames
+            for read, line in enumerate(iter(process.stdout.readline, ""), start=1):
                 if line.startswith("ended"):
                     killed += line == "ended 9\n"
                     break
                 assert not line.startswith("failed"), line
-                if int(line) >= until:
+                if read >= until:
                     os.kill(pid, signal.SIGKILL)
                     until = math.inf
             if (tmp_path / "out").exists():
                 break
         process.stdin.close()
-    assert killed >= KILLS / 2
+    assert killed >= kills / 2
     assert artifact.read_manifest(tmp_path / "out").model_dump() == want.model_dump()
     assert artifact.verify(tmp_path / "out")
     assert not left(tmp_path / "out")
@@ -234,6 +262,25 @@ def test_what_is_done_is_not_done_again(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(Rtn, "quantize", lambda *args: rounded.append(1) or quantize(*args))
     made = streamed(checkpoint, out)
     assert 0 < len(rounded) < len(made.layers)
+
+
+def test_what_calibration_saw_is_not_asked_for_again(checkpoint, tmp_path, monkeypatch):
+    def full(done, of):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out, method = tmp_path / "out", SmoothQuant()
+    want = streamed(checkpoint, tmp_path / "want", method)
+    with pytest.raises(OSError, match="No space left"):
+        streamed(checkpoint, out, method, on_bytes=full)
+
+    def again(*_):
+        raise LookupError("calibrates")
+
+    monkeypatch.setattr(Wan, "paged", again)
+    assert streamed(checkpoint, out, method).files == want.files
+    assert not left(out)
+    with pytest.raises(LookupError, match="calibrates"):
+        streamed(checkpoint, out, method, replace=True, samples=2)
 
 
 def test_another_command_does_not_go_on_with_it(checkpoint, tmp_path):
@@ -321,9 +368,9 @@ def test_a_config_of_another_network_is_named(checkpoint, tmp_path):
         streamed(checkpoint, tmp_path / "out")
 
 
-def test_a_method_that_needs_data_is_refused(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="smoothquant needs calibration"):
-        streamed(checkpoint, tmp_path / "out", method=SmoothQuant())
+def test_a_method_that_makes_no_layers_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="method none does not go layer by layer: take rtn or smoothquant or quarot"):
+        streamed(checkpoint, tmp_path / "out", method=Keep(), format_=W16A16)
 
 
 def test_two_do_not_write_the_same_artifact(checkpoint, tmp_path):
