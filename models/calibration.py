@@ -18,8 +18,11 @@ from torch import Tensor
 
 from models.base import Model
 from quant_runtime.calibrate import LayerStats, fingerprint, observe
+from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.paged import Read
 from quant_runtime.tensor_files import TensorFiles
+
+TRIM_BYTES = 256 << 20  # of weights read and dropped between two times that the freed memory is given back
 
 OnRead = Callable[[int, int | None], None]  # (bytes of the network read, of about how many; None: not known yet)
 Opened = Callable[[Read], AbstractContextManager[Model]]  # the checkpoint's model, whose network's tensors are read so
@@ -82,14 +85,17 @@ def calibrated(
     found = Statistics.read(file, made_by)
     if found is not None:
         return found
-    told = _Told(read, samples, on_bytes)
-    with opened(told.read) as model:
-        told.watch(model)
-        stats = observe(model.network, layers, lambda: model.calibrate(samples, told.sampled), shared=model.shared())
-    Statistics.write(file, stats, made_by)
+    Statistics.write(file, _observed(opened, _Told(read, samples, on_bytes), layers, samples), made_by)
+    give_back_freed_memory()
     made = Statistics.read(file, made_by)
     assert made is not None
     return made
+
+
+def _observed(opened: Opened, told: _Told, layers: Sequence[str], samples: int) -> dict[str, LayerStats]:
+    with opened(told.read) as model:
+        told.watch(model)
+        return observe(model.network, layers, lambda: model.calibrate(samples, told.sampled), shared=model.shared())
 
 
 class _Told:
@@ -98,7 +104,7 @@ class _Told:
     def __init__(self, read: Read, samples: int, on_bytes: OnRead) -> None:
         self._read, self._samples, self._on_bytes = read, samples, on_bytes
         self._model: Model | None = None
-        self._bytes = self._sample = self._passed = 0
+        self._bytes = self._sample = self._passed = self._kept = 0
         self._of: int | None = None
 
     def watch(self, model: Model) -> None:
@@ -115,6 +121,10 @@ class _Told:
             passed = self._sample * state.steps + state.step
             if passed > self._passed:
                 self._passed, self._of = passed, round(self._bytes / passed * state.steps * self._samples)
-            self._bytes += tensor.numel() * tensor.element_size()
+            size = tensor.numel() * tensor.element_size()
+            self._bytes, self._kept = self._bytes + size, self._kept + size
+            if self._kept >= TRIM_BYTES:  # rows that stay lie between weights that went: memory is freed in pieces
+                give_back_freed_memory()
+                self._kept = 0
             self._on_bytes(self._bytes, self._of)
         return tensor

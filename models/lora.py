@@ -44,6 +44,7 @@ SUFFIXES: Mapping[str, Part] = {
 }
 SHOWN = 6  # names of layers that an error shows
 
+_Known = dict[str, tuple[str, ...]]  # what a LoRA may call layers → those of the network that are meant
 Originals = Sequence[tuple[str, str]]  # (regex of diffusers' name of a layer, the authors'); in the order of their rows
 
 
@@ -53,20 +54,24 @@ class Lora:
 
     path: Path
     scale: float = 1.0
+    network: str = ""  # the folder of the network it is for, where a checkpoint has several
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """PATH or PATH:SCALE. ValueError says what would do."""
-        path, sign, scale = text.rpartition(":")
-        if not sign or Path(text).exists():
-            return cls(Path(text))
+        """PATH or PATH:SCALE, behind NETWORK= where there are several. ValueError says what would do."""
+        network, sign, rest = text.partition("=")
+        if not sign or Path(text).exists() or not network.isidentifier():
+            network, rest = "", text
+        path, sign, scale = rest.rpartition(":")
+        if not sign or Path(rest).exists():
+            return cls(Path(rest), network=network)
         try:
             number = float(scale)
         except ValueError:
             raise ValueError(f"--lora is PATH or PATH:SCALE, and SCALE a number; got {text!r}") from None
         if not math.isfinite(number) or not number:
             raise ValueError(f"the SCALE of --lora is a finite number other than 0; got {text!r}")
-        return cls(Path(path), number)
+        return cls(Path(path), number, network)
 
     def file(self) -> Path:
         """ValueError names what is not there."""
@@ -130,22 +135,32 @@ class _Change:
 
 
 class Loras:
-    """Opened LoRAs of one network. ValueError names the key that fits no layer or no tensor's shape."""
+    """Opened LoRAs of a network, or of an nn.ModuleDict of several.
+
+    ValueError names the key that fits no layer or no tensor's shape.
+    """
 
     def __init__(self, loras: Sequence[Lora], network: nn.Module, originals: Originals) -> None:
         self.records: tuple[LoraRecord, ...] = ()
         self._shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-        self._known = _names(self._shapes, originals)
+        parts = dict(network.items()) if isinstance(network, nn.ModuleDict) else {"": network}
         self._changes: dict[str, list[_Change]] = {}
         self._files: list[TensorFiles] = []
         for lora in loras:
             file = lora.file()
+            if lora.network not in parts:
+                wanted = f"say for which, as {[*parts][-1]}=PATH" if parts.keys() - {""} else "name none"
+                has = f"has {' and '.join(parts)}" if parts.keys() - {""} else "has one network"
+                raise ValueError(
+                    f"{file} is for {lora.network or 'no network by name'}; the checkpoint {has}: {wanted}"
+                )
             with file.open("rb") as handle:
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
             name = file.name if file == lora.path else f"{lora.path.resolve().name}/{file.name}"
-            self.records += (LoraRecord(name=name, scale=lora.scale, sha256=digest),)
+            self.records += (LoraRecord(name=name, scale=lora.scale, sha256=digest, network=lora.network),)
             self._files.append(TensorFiles.open(file.parent, file.stem))
-            for keys in self._layers(self._files[-1], file):
+            known = _names(parts[lora.network], lora.network, originals)
+            for keys in _layers(self._files[-1], file, known):
                 self._plan(keys, self._files[-1], file, lora.scale, _trained(file))
 
     def __enter__(self) -> Self:
@@ -170,36 +185,6 @@ class Loras:
         for key, tensor in network.state_dict().items():
             if key in self._changes:
                 tensor.copy_(self.merged(key, tensor))
-
-    def _layers(self, files: TensorFiles, file: Path) -> Iterator[_Keys]:
-        found: dict[str, _Keys] = {}
-        for key in files.tensors:
-            suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
-            if suffix is None:
-                parts = "lora_A and lora_B (or lora_down and lora_up), alpha, diff and diff_b"
-                raise ValueError(f"{file}: {key} is nothing that is merged: {parts} are")
-            stem, stored = key.removesuffix(suffix), files.tensors[key]
-            if not stored.dtype.is_floating_point and SUFFIXES[suffix] != "alpha":
-                raise ValueError(f"{file}: {key} is {stored.dtype}, and a float is wanted")
-            named, layers = self._called(stem)
-            if not layers:
-                some = list(self._known)[:: max(1, len(self._known) // SHOWN)]
-                raise ValueError(f"{file}: {key} fits no layer of this network; it has {', '.join(some)}")
-            keys = found.setdefault(named, _Keys(named, layers))
-            if SUFFIXES[suffix] in keys.parts:
-                raise ValueError(f"{file}: {key} and {keys.parts[SUFFIXES[suffix]]} are the same")
-            keys.parts[SUFFIXES[suffix]] = key
-        yield from found.values()
-
-    def _called(self, stem: str) -> tuple[str, tuple[str, ...]]:
-        for flat in FLAT:
-            if stem.startswith(flat):
-                given = stem.removeprefix(flat)
-                return next(((n, its) for n, its in self._known.items() if n.replace(".", "_") == given), (given, ()))
-        for prefix in PREFIXES:
-            if stem not in self._known:
-                stem = stem.removeprefix(prefix)
-        return stem, self._known.get(stem, ())
 
     def _plan(self, keys: _Keys, files: TensorFiles, file: Path, scale: float, trained: _Trained | None) -> None:
         parts = keys.parts
@@ -255,9 +240,42 @@ class Loras:
             start += count
 
 
-def _names(shapes: Mapping[str, tuple[int, ...]], originals: Originals) -> dict[str, tuple[str, ...]]:
-    """What a LoRA may call the layers, each name with the network's layers that it stands for."""
-    layers = dict.fromkeys(key.rpartition(".")[0] for key in shapes)
+def _layers(files: TensorFiles, file: Path, known: _Known) -> Iterator[_Keys]:
+    """What a file has, layer by layer."""
+    found: dict[str, _Keys] = {}
+    for key in files.tensors:
+        suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
+        if suffix is None:
+            parts = "lora_A and lora_B (or lora_down and lora_up), alpha, diff and diff_b"
+            raise ValueError(f"{file}: {key} is nothing that is merged: {parts} are")
+        stem, stored = key.removesuffix(suffix), files.tensors[key]
+        if not stored.dtype.is_floating_point and SUFFIXES[suffix] != "alpha":
+            raise ValueError(f"{file}: {key} is {stored.dtype}, and a float is wanted")
+        named, layers = _called(stem, known)
+        if not layers:
+            some = list(known)[:: max(1, len(known) // SHOWN)]
+            raise ValueError(f"{file}: {key} fits no layer of this network; it has {', '.join(some)}")
+        keys = found.setdefault(named, _Keys(named, layers))
+        if SUFFIXES[suffix] in keys.parts:
+            raise ValueError(f"{file}: {key} and {keys.parts[SUFFIXES[suffix]]} are the same")
+        keys.parts[SUFFIXES[suffix]] = key
+    yield from found.values()
+
+
+def _called(stem: str, known: _Known) -> tuple[str, tuple[str, ...]]:
+    """The name without prefixes, and the layers that it stands for, if any."""
+    for flat in FLAT:
+        if stem.startswith(flat):
+            given = stem.removeprefix(flat)
+            return next(((n, its) for n, its in known.items() if n.replace(".", "_") == given), (given, ()))
+    for prefix in PREFIXES:
+        if stem not in known:
+            stem = stem.removeprefix(prefix)
+    return stem, known.get(stem, ())
+
+
+def _names(network: nn.Module, folder: str, originals: Originals) -> _Known:
+    layers = dict.fromkeys(key.rpartition(".")[0] for key in network.state_dict())
     theirs: dict[str, list[tuple[int, str]]] = {}
     for layer in layers:
         for place, (pattern, template) in enumerate(originals):
@@ -265,8 +283,9 @@ def _names(shapes: Mapping[str, tuple[int, ...]], originals: Originals) -> dict[
             if match:
                 theirs.setdefault(match.expand(template), []).append((place, layer))
                 break
-    own = {layer: (layer,) for layer in layers}
-    return own | {name: tuple(layer for _, layer in sorted(its)) for name, its in theirs.items() if name not in own}
+    named = {name: tuple(layer for _, layer in sorted(its)) for name, its in theirs.items()}
+    named |= {layer: (layer,) for layer in layers}
+    return {name: tuple(f"{folder}.{layer}".removeprefix(".") for layer in its) for name, its in named.items()}
 
 
 def _number(files: TensorFiles, key: str, file: Path) -> float:

@@ -134,6 +134,7 @@ class LoraRecord(_Strict):
     name: str
     scale: float
     sha256: str
+    network: str = ""  # the one that was changed, of a checkpoint that has several
 
 
 class Base(_Strict):

@@ -29,7 +29,7 @@ from models.compress import Recipe
 from models.lora import Lora
 from models.stream import Streamed
 from quant_runtime import artifact, fields
-from quant_runtime.artifact import Manifest
+from quant_runtime.artifact import LoraRecord, Manifest
 from quant_runtime.attention import AttentionPlan, QkBits
 from quant_runtime.formats import W8A8, W16A16, QuantFormat
 from quant_runtime.kernels._cpu import keep_freed_memory
@@ -196,7 +196,7 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
     lines = [
         ("family", manifest.family),
         ("base", manifest.base.name + (f" @ {manifest.base.revision}" if manifest.base.revision else "")),
-        *(("merged", f"{lora.name} × {lora.scale:g}") for lora in manifest.base.loras),
+        *(("merged", _merged(lora)) for lora in manifest.base.loras),
         ("method", _named(manifest.method)),
         ("layers", ", ".join(counted) or "all in 16 bits"),
     ]
@@ -216,6 +216,10 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         lines.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
     lines.append(("made by", manifest.runtime))
     return lines
+
+
+def _merged(lora: LoraRecord) -> str:
+    return f"{lora.name} × {lora.scale:g}" + (f", into {lora.network}" if lora.network else "")
 
 
 def _spans(names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 
@@ -284,12 +285,29 @@ def test_what_cannot_be_merged_is_refused_by_its_key_and_leaves_nothing(checkpoi
     assert not [*room.glob("*"), *room.glob(".*")]
 
 
+def test_of_several_networks_the_one_that_is_named_is_changed(network, tmp_path):
+    down, up = pair(*network.get_submodule(TO_Q).weight.shape)
+    given = {f"diffusion_model.{wan}": tensor for wan, tensor in peft({"blocks.0.self_attn.q": (down, up)}, "").items()}
+    path = saved(tmp_path / "lora.safetensors", given)
+    two = torch.nn.ModuleDict({"transformer": network, "transformer_2": copy.deepcopy(network)})
+    with Loras([Lora(path, network="transformer_2")], two, Wan.originals) as loras:
+        loras.merge_into(two)
+    weights = [two[folder].get_submodule(TO_Q).weight for folder in two]
+    assert torch.equal(weights[1], weights[0] + up @ down)
+    with pytest.raises(ValueError, match=r"has transformer and transformer_2: say for which, as transformer_2=PATH"):
+        Loras([Lora(path)], two, Wan.originals)
+    with pytest.raises(ValueError, match=r"is for transformer_2; the checkpoint has one network"):
+        Loras([Lora(path, network="transformer_2")], network, Wan.originals)
+
+
 def test_a_path_may_end_in_a_scale(tmp_path):
     odd = tmp_path / "a:2"
     odd.mkdir()
     assert Lora.parse("x.safetensors") == Lora(tmp_path.__class__("x.safetensors"), 1.0)
     assert Lora.parse("x.safetensors:-0.5").scale == -0.5
     assert Lora.parse(str(odd)) == Lora(odd)
+    assert Lora.parse(f"transformer_2={odd}:0.5") == Lora(odd, 0.5, "transformer_2")
+    assert Lora.parse("dir/a=b.safetensors").network == ""
     for wrong in ("x:big", "x:nan", "x:0", "x:"):
         with pytest.raises(ValueError, match=r"--lora"):
             Lora.parse(wrong)
