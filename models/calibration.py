@@ -5,6 +5,7 @@ The same observations as of the whole model, in the same order: the same numbers
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -48,19 +49,25 @@ class Statistics:
 
     @staticmethod
     def write(file: Path, stats: dict[str, LayerStats], made_by: str) -> None:
-        """Whole and on the disk, or not there at all."""
+        """Whole and on the disk, or not there at all. OSError where there is no room."""
         tensors: dict[str, Tensor] = {}
         for name, its in stats.items():
             own = {"absmax": its.absmax, "weight_absmax": its.weight_absmax, "sample": its.sample}
-            tensors |= {f"{name}.{kind}": tensor.clone() for kind, tensor in own.items()}
+            tensors |= {f"{name}.{kind}": tensor.clone() for kind, tensor in own.items()}  # a group shares its maxima
         tokens = json.dumps({name: its.tokens for name, its in stats.items()})
-        aside = file.with_name(f"{file.name}.begun")
-        save_file(tensors, aside, metadata={"made_by": made_by, "tokens": tokens, "fingerprint": fingerprint(stats)})
-        for path in (aside, file.parent):
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        said, aside = {"made_by": made_by, "tokens": tokens, "fingerprint": fingerprint(stats)}, _aside(file)
+        try:
+            save_file(tensors, aside, metadata=said)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(errno.EIO, str(error), str(aside)) from error
+        _sync(aside)
         aside.replace(file)
+        _sync(file.parent)
+
+    @staticmethod
+    def forget(file: Path) -> None:
+        for path in (file, _aside(file)):
+            path.unlink(missing_ok=True)
 
     def of(self, layer: str) -> LayerStats:
         absmax, weights, sample = (
@@ -73,6 +80,18 @@ class Statistics:
 
     def __exit__(self, *_: object) -> None:
         self._files.__exit__()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _aside(file: Path) -> Path:
+    return file.with_name(f"{file.name}.begun")
 
 
 def calibrated(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -90,7 +90,6 @@ class _Trained(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    r: int = Field(ge=1)
     lora_alpha: float
     alpha_pattern: dict[str, float] = {}
     use_rslora: bool = False
@@ -304,7 +303,8 @@ def _trained(file: Path) -> _Trained | None:
     try:
         if text is not None:
             given = json.loads(text)
-            named = {key.removeprefix("transformer."): value for key, value in given.items() if "." in key}
+            own = "transformer."
+            named = {key.removeprefix(own): value for key, value in given.items() if key.startswith(own)}
             return _Trained.model_validate(named) if named else None
         if file.name == FILES[1] and beside.is_file():
             return _Trained.model_validate_json(beside.read_bytes())

@@ -153,9 +153,9 @@ def compress(
                 whole = artifact.seal(partial, manifest)
             except ValueError:
                 shutil.rmtree(partial, ignore_errors=True)
-                seen.unlink(missing_ok=True)
+                Statistics.forget(seen)
                 raise
-    seen.unlink(missing_ok=True)
+    Statistics.forget(seen)
     artifact.put(partial, out)
     return whole
 

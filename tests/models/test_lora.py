@@ -226,7 +226,7 @@ def test_alpha_is_taken_from_what_the_file_says_of_its_training(network, tmp_pat
     tensors = peft({TO_Q: (down, up), other: (low, high)}, "transformer." if where == "file" else "base_model.model.")
     trained = {"r": RANK, "lora_alpha": 6, "alpha_pattern": {"net.2": 12}, "target_modules": ["to_q"]}
     if where == "file":
-        said = json.dumps({f"transformer.{name}": value for name, value in trained.items()})
+        said = json.dumps({f"transformer.{name}": its for name, its in trained.items()} | {"text_encoder.r": 4})
         path = saved(tmp_path / "lora.safetensors", tensors, format="pt", lora_adapter_metadata=said)
     else:
         saved(tmp_path / "adapter_model.safetensors", tensors)

@@ -11,9 +11,10 @@ import textwrap
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from models import compress, load, registry, stream
+from models import calibration, compress, load, registry, stream
 from models.base import VideoInputs
 from models.compress import Recipe
 from models.wan import Wan
@@ -281,6 +282,18 @@ def test_what_calibration_saw_is_not_asked_for_again(checkpoint, tmp_path, monke
     assert not left(out)
     with pytest.raises(LookupError, match="calibrates"):
         streamed(checkpoint, out, method, replace=True, samples=2)
+
+
+def test_no_room_for_what_calibration_saw_is_said_as_a_full_disk_is(checkpoint, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(calibration, "save_file", full)
+        with pytest.raises(OSError, match=r"No space left on device; what is done lies in .*\.out\.partial"):
+            streamed(checkpoint, tmp_path / "out", SmoothQuant())
+    assert streamed(checkpoint, tmp_path / "out", SmoothQuant()).calibration
+    assert not left(tmp_path / "out")
 
 
 def test_another_command_does_not_go_on_with_it(checkpoint, tmp_path):
