@@ -142,6 +142,7 @@ class Family(Protocol):
     name: str
     kind: Kind
     component: str  # the folder inside a checkpoint that holds the network's weights; "" is the checkpoint itself
+    originals: Sequence[tuple[str, str]]  # what its authors call the network's layers, as models/lora.py reads it
 
     def components(self, folder: Path) -> tuple[str, ...]:
         """That folder, or those of a checkpoint with networks that take turns. Reads configs alone."""

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
+from models import hub
 from models.base import Family
+from models.lora import Lora, Loras
 from quant_runtime import artifact
 from quant_runtime.artifact import AttentionRecord, Base, Manifest
 from quant_runtime.attention import AttentionPlan
@@ -20,6 +22,7 @@ from quant_runtime.calibrate import LayerStats, fingerprint, observe
 from quant_runtime.convert import convert
 from quant_runtime.formats import W16A16, QuantFormat
 from quant_runtime.methods import Method, Rtn
+from quant_runtime.rules import Rule, formats
 
 OnProgress = Callable[[str, int, int], None]  # (what is being done, how much of it, of how much)
 
@@ -33,6 +36,8 @@ class Recipe:
     attention: AttentionPlan = field(default_factory=AttentionPlan)
     calibration_samples: int = 1
     judging_samples: int = 1  # 0 leaves quality out of the manifest
+    rules: tuple[Rule, ...] = ()  # layers that get another format than `format`
+    loras: tuple[Lora, ...] = ()  # merged before anything else
 
 
 def compress(
@@ -70,19 +75,23 @@ def _written(
 ) -> tuple[Manifest, list[torch.Tensor]]:
     """The artifact without its quality, and what the checkpoint made of the judging samples in full precision."""
     model = family.load(source, device, torch.float32)
+    with Loras(recipe.loras, model.network, family.originals) as loras:
+        loras.merge_into(model.network)
+    chosen = formats(model.network, model.layers(), recipe.format, recipe.rules)
+    layers = [name for name, format_ in chosen.items() if format_.quantized]
     full = model.outputs(recipe.judging_samples, partial(on_progress, "full precision"))
-    layers = model.layers() if recipe.format.quantized else []
     stats: dict[str, LayerStats] = {}
     if layers:
         calibrate = partial(model.calibrate, recipe.calibration_samples, partial(on_progress, "calibrate"))
         stats = observe(model.network, layers, calibrate, shared=model.shared())
-    plan = dict.fromkeys(layers, (recipe.method, recipe.format))
+    plan = {name: (recipe.method, chosen[name]) for name in layers}
     reports = convert(model.network, plan, stats, lambda _, done, of: on_progress("quantize", done, of))
     manifest = Manifest(
         family=family.name,
-        base=Base(name=base),
+        base=Base(name=base, revision=hub.revision(source), loras=loras.records),
         method=artifact.method_record(recipe.method),
         layers=artifact.layer_records(reports),
+        kept=tuple(name for name in chosen if name not in reports) if reports else (),
         calibration=fingerprint(stats) if stats else None,
         attention=AttentionRecord.of(recipe.attention),
         serving={"kind": family.kind, "limits": json.loads(json.dumps(asdict(model.limits())))},

@@ -136,10 +136,30 @@ class HunyuanVideoModel(VideoModel):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "prompt_attention_mask": mask}
 
 
+_DOUBLE, _SINGLE = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
+ORIGINALS = (  # those in the blocks: where several are one there, their rows lie in this order
+    *((rf"{_DOUBLE}attn\.to_{x}", r"double_blocks.\1.img_attn_qkv") for x in "qkv"),
+    *((rf"{_DOUBLE}attn\.add_{x}_proj", r"double_blocks.\1.txt_attn_qkv") for x in "qkv"),
+    (rf"{_DOUBLE}attn\.to_out\.0", r"double_blocks.\1.img_attn_proj"),
+    (rf"{_DOUBLE}attn\.to_add_out", r"double_blocks.\1.txt_attn_proj"),
+    (rf"{_DOUBLE}norm1\.linear", r"double_blocks.\1.img_mod.linear"),
+    (rf"{_DOUBLE}norm1_context\.linear", r"double_blocks.\1.txt_mod.linear"),
+    (rf"{_DOUBLE}ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.fc1"),
+    (rf"{_DOUBLE}ff\.net\.2", r"double_blocks.\1.img_mlp.fc2"),
+    (rf"{_DOUBLE}ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.fc1"),
+    (rf"{_DOUBLE}ff_context\.net\.2", r"double_blocks.\1.txt_mlp.fc2"),
+    *((rf"{_SINGLE}attn\.to_{x}", r"single_blocks.\1.linear1") for x in "qkv"),
+    (rf"{_SINGLE}proj_mlp", r"single_blocks.\1.linear1"),
+    (rf"{_SINGLE}proj_out", r"single_blocks.\1.linear2"),
+    (rf"{_SINGLE}norm\.linear", r"single_blocks.\1.modulation.linear"),
+)
+
+
 class HunyuanVideo(PipelineFamily[HunyuanVideoModel]):
     """diffusers' HunyuanVideoPipeline folders."""
 
     name = "hunyuan_video"
+    originals = ORIGINALS
     pipelines = (HunyuanVideoPipeline,)
     transformer = HunyuanVideoTransformer3DModel
     model = HunyuanVideoModel

@@ -30,7 +30,7 @@ from models.video import VideoModel
 from quant_runtime import report
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import QuantFormat
-from quant_runtime.methods import METHODS, DataFree
+from quant_runtime.methods import METHODS, Streamable
 from quant_runtime.sparsity.topk import TopK
 
 
@@ -104,7 +104,7 @@ def model_of(name: str, made: nn.Module, device: str) -> VideoModel:
 def quantize(model: VideoModel, method: str, bits: str) -> None:
     """Every layer that shrinks, in place, without data."""
     how, format_ = METHODS[method](), QuantFormat.parse(bits)
-    if not isinstance(how, DataFree):
+    if not isinstance(how, Streamable) or how.calibrated:
         raise ValueError(f"{method} needs calibration, and random weights have nothing to be calibrated for")
     for name in model.layers():
         layer = model.network.get_submodule(name)

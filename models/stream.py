@@ -1,8 +1,8 @@
-"""A checkpoint goes in and an artifact comes out, layer by layer: for what no memory holds, by methods without data.
+"""A checkpoint goes in and an artifact comes out, layer by layer: for what no memory holds.
 
 One layer is in memory at a time, read and written at its place in its file. The files grow in `.NAME.partial`, and
 beside it `.NAME.partial.jsonl` notes what is done: the same command goes on there after a crash, and ends with the same
-bytes. Nothing is run, so nothing is measured but the rounding of the weights.
+bytes. What calibration saw is in `.NAME.calibration.safetensors` by then. No film is judged.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial as bound
 from pathlib import Path
 from typing import IO, Protocol, Self, runtime_checkable
 
@@ -23,14 +24,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from models.base import Kind, VideoLimits
+from models import hub
+from models.base import Kind, Model, VideoLimits
+from models.calibration import OnRead, Statistics, calibrated
+from models.lora import Lora, Loras
 from quant_runtime import __version__, artifact
 from quant_runtime.artifact import AttentionRecord, Base, LayerRecord, Manifest
 from quant_runtime.attention import AttentionPlan
+from quant_runtime.calibrate import LayerStats
 from quant_runtime.convert import prepare, report
 from quant_runtime.formats import QuantFormat
 from quant_runtime.linear import LinearSpec
-from quant_runtime.methods import METHODS, DataFree, Method
+from quant_runtime.methods import METHODS, Method, Streamable
+from quant_runtime.paged import Read
+from quant_runtime.rules import Rule, formats
 from quant_runtime.tensor_files import Blank, TensorFiles, TensorWriter
 
 SYNC_BYTES = 256 << 20  # written between two syncs: all that a crash costs
@@ -46,6 +53,7 @@ class Streamed(Protocol):
     kind: Kind
     weights: str  # the name of its safetensors files, without what tells shards apart
     stored: torch.dtype  # of floats in an artifact
+    originals: Sequence[tuple[str, str]]  # what its authors call the network's layers, as models/lora.py reads it
 
     @property
     def ignored(self) -> Sequence[str]:
@@ -72,6 +80,10 @@ class Streamed(Protocol):
         """What requests the checkpoint takes."""
         ...
 
+    def paged(self, folder: Path, device: str, read: Read) -> AbstractContextManager[Model]:
+        """The checkpoint in float32, ready to run, its network's tensors read by name as they are needed."""
+        ...
+
 
 class _Note(BaseModel):
     """What of one checkpoint's layer or tensor is done and on the disk."""
@@ -93,49 +105,69 @@ def compress(
     base: str,
     device: str,
     on_bytes: OnBytes,
+    rules: Sequence[Rule] = (),
+    loras: Sequence[Lora] = (),
+    samples: int = 1,
+    on_calibration: OnRead = lambda done, of: None,
     replace: bool = False,
     sync_bytes: int = SYNC_BYTES,
 ) -> Manifest:
     """Writes the artifact `out` and returns its manifest. Refuses what artifact.check_free does.
 
+    A calibrated method first sees this many of the family's calibration samples: the checkpoint runs with its weights
+    on the disk.
+
     ValueError names the file, the tensor or the field that will not do: a shard that is missing or cut off, a tensor
     that the network does not have or has in another shape, a value that is not finite; what was begun is removed then.
     After anything else (a full disk, a kill) the same command goes on where this one ended.
     """
-    if not isinstance(method, DataFree):
-        kind = artifact.method_record(method).name
-        others = " or ".join(name for name, other in METHODS.items() if issubclass(other, DataFree))
-        raise ValueError(f"method {kind} needs calibration, and layer by layer nothing is run: take {others}")
+    if not isinstance(method, Streamable):
+        kind, others = artifact.method_record(method).name, [name for name in METHODS if name != "none"]
+        raise ValueError(f"method {kind} does not go layer by layer: take {' or '.join(others)}")
     artifact.check_free(out, replace)
     network = family.skeleton(source)
-    names = family.linears(network) if format_.quantized else []
-    with _files(source, family, network) as files:
+    chosen = formats(network, family.linears(network), format_, rules)
+    low = {name: its for name, its in chosen.items() if its.quantized}
+    with (
+        _files(source, family, network) as files,
+        Loras(loras, network, family.originals) as changes,
+    ):
         try:
             files.check(network.state_dict())
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
-        widths = {name: files.tensors[f"{name}.weight"].shape[1] for name in names}
-        specs = {name: method.spec(width, format_) for name, width in widths.items()}
+        specs = {name: method.spec(files.tensors[f"{name}.weight"].shape[1], its) for name, its in low.items()}
         prepare(network, specs)
-        work = _Work(family, files, specs, method, format_, device, on_bytes, sync_bytes)
+        work = _Work(family, files, changes, specs, method, device, on_bytes, sync_bytes)
         partial = out.parent / f".{out.name}.partial"
-        with _journal(partial.with_name(f"{partial.name}.jsonl"), work.fingerprint(base)) as journal:
+        seen = out.parent / f".{out.name}.calibration.safetensors"
+        made_by = work.fingerprint(base, *((samples, _around(source)) if method.calibrated else ()))
+        with _journal(partial.with_name(f"{partial.name}.jsonl"), made_by) as journal, ExitStack() as stack:
             try:
-                records = work.run(network, partial, journal)
+                stats = None
+                if method.calibrated and specs:
+                    opened = bound(family.paged, source, device)
+                    made = calibrated(seen, made_by, opened, work.read, [*specs], samples, on_calibration)
+                    stats = stack.enter_context(made)
+                records = work.run(network, partial, journal, stats)
                 _clear_around(partial, family.parts(network))
                 family.write_around(network, source, partial)
                 manifest = Manifest(
                     family=family.name,
-                    base=Base(name=base),
+                    base=Base(name=base, revision=hub.revision(source), loras=changes.records),
                     method=artifact.method_record(method),
                     layers=records,
+                    kept=tuple(name for name in chosen if name not in low) if low else (),
+                    calibration=stats.fingerprint if stats else None,
                     attention=AttentionRecord.of(attention),
                     serving={"kind": family.kind, "limits": json.loads(json.dumps(asdict(family.limits(source))))},
                 )
                 whole = artifact.seal(partial, manifest)
             except ValueError:
-                shutil.rmtree(partial)
+                shutil.rmtree(partial, ignore_errors=True)
+                Statistics.forget(seen)
                 raise
+    Statistics.forget(seen)
     artifact.put(partial, out)
     return whole
 
@@ -146,20 +178,23 @@ class _Work:
 
     family: Streamed
     files: TensorFiles
+    changes: Loras
     specs: Mapping[str, LinearSpec]
-    method: DataFree
-    format: QuantFormat
+    method: Streamable
     device: str
     on_bytes: OnBytes
     sync_bytes: int
 
-    def fingerprint(self, base: str) -> str:
+    def fingerprint(self, base: str, *more: object) -> str:
         """Of all that decides the bytes: another command, or another checkpoint, does not go on with this one's."""
         seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files.files()]
-        facts = (__version__, self.family.name, base, repr(self.method), str(self.format), artifact.SHARD_BYTES, seen)
+        how = (repr(self.method), repr(dict(self.specs)), repr(self.changes.records))
+        facts = (__version__, self.family.name, base, *how, artifact.SHARD_BYTES, seen, *more)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def run(self, network: nn.Module, partial: Path, journal: _Journal) -> dict[str, LayerRecord]:
+    def run(
+        self, network: nn.Module, partial: Path, journal: _Journal, stats: Statistics | None
+    ) -> dict[str, LayerRecord]:
         """The weights into `partial`; `network` has its empty QuantLinears. What became of the layers, in order."""
         blanks = {key: Blank(self._kept(its), tuple(its.shape)) for key, its in network.state_dict().items()}
         total, read, unsynced = sum(stored.bytes for stored in self.files.tensors.values()), 0, 0
@@ -168,7 +203,8 @@ class _Work:
                 journal.forget()
             for unit, keys in self._units().items():
                 if unit not in journal.notes:
-                    state, record = self._made(unit, {key: self._read(key) for key in keys})
+                    tensors = {key: self.read(key) for key in keys}
+                    state, record = self._made(unit, tensors, stats.of(unit) if stats and unit in self.specs else None)
                     for key, tensor in state.items():
                         writer.write(key, self._stored(key, tensor))
                     journal.add(_Note(unit=unit, layer=record))
@@ -192,22 +228,27 @@ class _Work:
             units.setdefault(layer if layer in self.specs else key, []).append(key)
         return units
 
-    def _read(self, key: str) -> Tensor:
+    def read(self, key: str) -> Tensor:
+        """The checkpoint's tensor, changed by the LoRAs."""
         tensor = self.files.read(key)
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{self.files.tensors[key].file}: {key} has a value that is not finite")
-        return tensor
+        return self.changes.merged(key, tensor)
 
-    def _made(self, unit: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], LayerRecord | None]:
+    def _made(
+        self, unit: str, tensors: dict[str, Tensor], stats: LayerStats | None
+    ) -> tuple[dict[str, Tensor], LayerRecord | None]:
         if unit not in self.specs:
             return tensors, None
+        if stats is not None:  # it answers the rows that it was fed
+            tensors = {key: tensor.to(stats.sample.dtype) for key, tensor in tensors.items()}
         weight, bias = tensors[f"{unit}.weight"].to(self.device), tensors.get(f"{unit}.bias")
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias.to(self.device), requires_grad=False)
-        quantized = self.method.quantize(layer, None, self.format)
-        record = artifact.layer_records({unit: report(layer, quantized, None)})[unit]
+        quantized = self.method.quantize(layer, stats, self.specs[unit].format)
+        record = artifact.layer_records({unit: report(layer, quantized, stats)})[unit]
         return {f"{unit}.{name}": tensor for name, tensor in quantized.state_dict().items()}, record
 
     def _kept(self, tensor: Tensor) -> torch.dtype:
@@ -218,6 +259,12 @@ class _Work:
         if kept.is_floating_point() and not bool(kept.isfinite().all()):
             raise ValueError(f"{key} has a value too large for {kept.dtype}")
         return kept
+
+
+def _around(source: Path) -> list[tuple[str, int, int]]:
+    """Every file of a checkpoint, as far as a file can be told from another without reading it."""
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    return [(str(path.relative_to(source)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _prefixes(family: Streamed, network: nn.Module) -> dict[str, str]:

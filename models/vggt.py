@@ -226,6 +226,7 @@ class Vggt:
     name = "vggt"
     kind: Kind = "scene"
     component = ""
+    originals: Sequence[tuple[str, str]] = ()
 
     def components(self, folder: Path) -> tuple[str, ...]:
         return (self.component,)

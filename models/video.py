@@ -10,8 +10,10 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
@@ -34,10 +36,12 @@ from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, SharedState, describe_paths
 from quant_runtime.convert import prepare
 from quant_runtime.kernels._cpu import give_back_freed_memory
-from quant_runtime.linear import QuantLinear, fuse
+from quant_runtime.linear import QuantLinear, fusable, fuse
+from quant_runtime.paged import Read, page
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.tensor_files import TensorFiles, fill
 
+ENCODER = "text_encoder"  # the folder of the large one
 INDEX = "model_index.json"  # what a folder's pipeline is, and of what parts
 SERVING = "serving.json"  # beside model_index.json: what this checkpoint takes, where that is not its family's own
 PROMPTS = (  # where a checkpoint names none of its own
@@ -199,11 +203,11 @@ class VideoModel(ABC):
         ]
 
     def fuse_projections(self) -> None:
-        """Quantized projections of one input become one layer, so that it is rounded once."""
+        """Quantized projections of one input become one layer, so that it is rounded once; not those that differ."""
         for attention in [a for part in networks(self.network).values() for a in self.attentions(part).values()]:
             for fused, group in self.projections.items():
                 layers = [layer for name in group if isinstance(layer := getattr(attention, name, None), QuantLinear)]
-                if len(layers) == len(group):
+                if len(layers) == len(group) and all(fusable(layers[0], layer) for layer in layers):
                     setattr(attention, fused, fuse(layers))
                     for name in group:
                         delattr(attention, name)
@@ -219,9 +223,9 @@ class VideoModel(ABC):
         return self.serving.limits
 
     def calibrate(self, samples: int, on_sample: OnStep) -> None:
-        """Short runs (8 steps at most) of the default size: each prompt sees noise of every level."""
-        serving = self.serving
-        self._films(serving.calibration, serving.calibration_images, samples, min(8, serving.limits.steps), on_sample)
+        """Short runs (8 steps at most) of the default size: each prompt sees noise of every level. None is decoded."""
+        serving, steps = self.serving, min(8, self.limits().steps)
+        self._films(serving.calibration, serving.calibration_images, samples, steps, on_sample, decode=False)
 
     def outputs(self, samples: int, on_sample: OnStep) -> list[Tensor]:
         """uint8 [T, H, W, 3] of each judging prompt and its image, seed 0 and up, defaults throughout."""
@@ -229,7 +233,13 @@ class VideoModel(ABC):
         return self._films(serving.judging, serving.judging_images, samples, serving.limits.steps, on_sample)
 
     def _films(
-        self, prompts: Sequence[str], images: Images, samples: int, steps: int, on_sample: OnStep
+        self,
+        prompts: Sequence[str],
+        images: Images,
+        samples: int,
+        steps: int,
+        on_sample: OnStep,
+        decode: bool = True,
     ) -> list[Tensor]:
         size, films = self.limits(), []
         for i in range(samples):
@@ -238,7 +248,9 @@ class VideoModel(ABC):
                 fps=size.fps, steps=steps, guidance=size.guidance, seed=i,
                 image=images[i % len(images)] if images else None,
             )  # fmt: skip
-            films.append(torch.from_numpy(self.film(inputs, lambda done, of: None).frames))
+            with suppress(_Denoised):
+                film = self.film(inputs, (lambda done, of: None) if decode else _denoised)
+                films.append(torch.from_numpy(film.frames))
             on_sample(i + 1, samples)
         return films
 
@@ -317,6 +329,15 @@ class VideoModel(ABC):
                 raise BadInput(name, f"{name} is at most {self.serving.max_tokens} tokens long, got {tokens}")
 
 
+class _Denoised(Exception):
+    """No error: the way out of a film whose frames nobody wants."""
+
+
+def _denoised(done: int, of: int) -> None:
+    if done == of:
+        raise _Denoised
+
+
 M = TypeVar("M", bound=VideoModel)
 
 
@@ -328,6 +349,7 @@ class PipelineFamily(ABC, Generic[M]):
     component = "transformer"  # of every checkpoint; `components` tells of those that have more
     weights = "diffusion_pytorch_model"
     stored = torch.bfloat16
+    originals: Sequence[tuple[str, str]] = ()
     pipelines: ClassVar[tuple[Any, ...]]  # diffusers' classes
     transformer: ClassVar[Any]  # and that of the network
     model: type[M]
@@ -342,18 +364,23 @@ class PipelineFamily(ABC, Generic[M]):
         device: str,
         dtype: torch.dtype | dict[str, torch.dtype],
         digests: Mapping[str, str] | None = None,
+        given: Mapping[str, nn.Module] | None = None,
     ) -> M:
-        """`digests` as in `network`. Networks that shrink are loaded by us, first, and straight to the device."""
+        """`digests` as in `network`. Networks that shrink are loaded by us, first, and straight to the device.
+
+        Parts of the pipeline that are `given` are not read.
+        """
         for library in (diffusers, transformers):  # their bars would be drawn across ours, and into a worker's log
             library.utils.logging.disable_progress_bar()
         self.check(folder)
         pipeline, serving = self._pipeline(folder), self.served(folder)
         _must_be_whole(folder, pipeline)
         wanted = dtype if isinstance(dtype, dict) else {"default": dtype}
-        parts = {
-            component: self.network(folder, component, device, wanted.get(component, wanted["default"]), digests)
-            for component in self.components(folder)
-        }
+        parts = dict(given or {})
+        for component in self.components(folder):
+            if component not in parts:
+                asked = wanted.get(component, wanted["default"])
+                parts[component] = self.network(folder, component, device, asked, digests)
         try:
             pipe = pipeline.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -451,16 +478,39 @@ class PipelineFamily(ABC, Generic[M]):
             artifact.write_weights(network, target / folder, self.weights)
 
     def write_around(self, network: nn.Module, source: Path, target: Path) -> None:
-        """Every file of an artifact but its weights and its manifest. `network` may be on the meta device."""
+        """Every file of an artifact but its weights and its manifest. `network` may be on the meta device.
+
+        Hidden ones, which are the notes of the program that brought the checkpoint, stay behind.
+        """
         parts: Mapping[str, Any] = self.parts(network)
         for path in sorted(source.iterdir()):
-            if path.name not in parts:
+            if path.name not in parts and not path.name.startswith("."):
                 artifact.link_or_copy(path, target / path.name)
         for folder, part in parts.items():
             specs = {name: m.spec for name, m in part.named_modules() if isinstance(m, QuantLinear)}
             if specs:
                 quant_runtime.diffusers.mark(part, specs)
             part.save_config(target / folder)
+
+    @contextmanager
+    def paged(self, folder: Path, device: str, read: Read) -> Iterator[M]:
+        """The model that `load` gives in float32, while its network and its text encoder stay on the disk.
+
+        `read` gives the network's tensors by name. Another part of the pipeline is in memory as a whole.
+        """
+        networks = {component: self._empty(folder, component) for component in self.components(folder)}
+        encoder = _text_encoder(folder)
+        with TensorFiles.open(folder / ENCODER, "model") as files:
+            tied: Mapping[str, str] = getattr(encoder, "_tied_weights_keys", None) or {}
+            own = {key: key if key in files.tensors else tied.get(key, key) for key in encoder.state_dict()}
+            missing = sorted(set(own.values()) - files.tensors.keys())
+            if missing:
+                raise ValueError(f"{folder / ENCODER} has no {', '.join(missing[:5])}")
+            for component, network in networks.items():
+                prefix = f"{component}." if len(networks) > 1 else ""
+                page(network, partial(_read, read, prefix), device)
+            page(encoder, lambda key: files.read(own[key]), device)
+            yield self.load(folder, device, torch.float32, given={**networks, ENCODER: encoder})
 
     def skeleton(self, folder: Path) -> nn.Module:
         """The network by its config, on the meta device but for what no file holds, or an nn.ModuleDict of two."""
@@ -503,6 +553,25 @@ class PipelineFamily(ABC, Generic[M]):
     @abstractmethod
     def tiny(self, folder: Path) -> None:
         """Write a checkpoint with random weights and the real layout, small enough for a test."""
+
+
+def _read(read: Read, prefix: str, key: str) -> Tensor:
+    return read(f"{prefix}{key}")
+
+
+def _text_encoder(folder: Path) -> nn.Module:
+    """By its config: to be filled."""
+    path = folder / ENCODER / "config.json"
+    name = index(folder).get(ENCODER, [None, None])[1]
+    kind = getattr(transformers, name or "", None)
+    if kind is None or not issubclass(kind, transformers.PreTrainedModel):
+        raise ValueError(f"{folder / INDEX}: {ENCODER} is no model of transformers: {name}")
+    try:
+        with init_empty_weights():
+            made: nn.Module = kind(kind.config_class.from_pretrained(path.parent, local_files_only=True)).eval()
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} describes no {name}: {error}") from error
+    return made
 
 
 def index(folder: Path) -> dict[str, Any]:

@@ -156,10 +156,34 @@ class WanModel(VideoModel):
         return asked
 
 
+ORIGINALS = (
+    (r"(blocks\.\d+)\.attn1\.to_([qkv])", r"\1.self_attn.\2"),
+    (r"(blocks\.\d+)\.attn1\.to_out\.0", r"\1.self_attn.o"),
+    (r"(blocks\.\d+)\.attn2\.to_([qkv])", r"\1.cross_attn.\2"),
+    (r"(blocks\.\d+)\.attn2\.add_([kv])_proj", r"\1.cross_attn.\2_img"),
+    (r"(blocks\.\d+)\.attn2\.to_out\.0", r"\1.cross_attn.o"),
+    (r"(blocks\.\d+)\.ffn\.net\.0\.proj", r"\1.ffn.0"),
+    (r"(blocks\.\d+)\.ffn\.net\.2", r"\1.ffn.2"),
+    (r"(blocks\.\d+)\.norm2", r"\1.norm3"),
+    (r"(blocks\.\d+)\.attn1\.norm_([qk])", r"\1.self_attn.norm_\2"),
+    (r"(blocks\.\d+)\.attn2\.norm_([qk])", r"\1.cross_attn.norm_\2"),
+    (r"(blocks\.\d+)\.attn2\.norm_added_k", r"\1.cross_attn.norm_k_img"),
+    (r"condition_embedder\.(text|time)_embedder\.linear_1", r"\1_embedding.0"),
+    (r"condition_embedder\.(text|time)_embedder\.linear_2", r"\1_embedding.2"),
+    (r"condition_embedder\.time_proj", r"time_projection.1"),
+    (r"condition_embedder\.image_embedder\.norm1", r"img_emb.proj.0"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", r"img_emb.proj.1"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.2", r"img_emb.proj.3"),
+    (r"condition_embedder\.image_embedder\.norm2", r"img_emb.proj.4"),
+    (r"proj_out", r"head.head"),
+)
+
+
 class Wan(PipelineFamily[WanModel]):
     """diffusers' WanPipeline and WanImageToVideoPipeline folders."""
 
     name = "wan"
+    originals = ORIGINALS
     pipelines = (WanPipeline, WanImageToVideoPipeline)
     transformer = WanTransformer3DModel
     model = WanModel

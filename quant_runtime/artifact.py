@@ -133,11 +133,21 @@ class AttentionRecord(_Strict):
         return AttentionPlan(policy, self.warmup, self.dense_layers, *bits)
 
 
+class LoraRecord(_Strict):
+    """What was merged into the checkpoint: its file's name and hash, and how strongly."""
+
+    name: str
+    scale: float
+    sha256: str
+    network: str = ""  # the one that was changed, of a checkpoint that has several
+
+
 class Base(_Strict):
     """The checkpoint that was compressed."""
 
     name: str
     revision: str | None = None
+    loras: tuple[LoraRecord, ...] = ()
 
 
 class FileRecord(_Strict):
@@ -152,6 +162,7 @@ class Manifest(_Strict):
     base: Base
     method: Named
     layers: dict[str, LayerRecord]
+    kept: tuple[str, ...] = ()  # of the layers that shrink by default, those that stay in 16 bits here
     calibration: str | None = None  # SHA-256 of what the layers were fed (calibrate.fingerprint)
     attention: AttentionRecord | None = None
     quality: dict[str, JsonValue] = {}  # what was measured against full precision, by name

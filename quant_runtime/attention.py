@@ -33,7 +33,7 @@ class AttentionPlan:
     """
 
     policy: Policy = field(default_factory=Dense)
-    warmup: float = 0.0  # the fraction of steps, from the first, that run dense
+    warmup: float = 0.0  # the fraction of steps, from the first, that run dense; at least one step if it is not 0
     dense_layers: tuple[int, ...] = ()  # that run dense in every step
     qk_bits: QkBits = 8  # of sparse calls
     dense_qk_bits: QkBits = 16  # of dense calls; 16 is torch's own scaled_dot_product_attention
@@ -47,7 +47,8 @@ class AttentionPlan:
                 raise ValueError(f"{name} is 8 or 16; got {name}={getattr(self, name)}")
 
     def is_dense(self, call: AttentionCall) -> bool:
-        return call.step < round(self.warmup * call.steps) or call.layer in self.dense_layers
+        warm = max(round(self.warmup * call.steps), 1) if self.warmup else 0  # a tenth of four steps is one of them
+        return call.step < warm or call.layer in self.dense_layers
 
     def packed(self, call: AttentionCall) -> bool:
         """Whether this call's q, k and v go as pack_heads makes them: all in 8 bits, tokens in the order they have."""

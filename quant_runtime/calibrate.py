@@ -27,11 +27,15 @@ class _Running:
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.generator = rows, torch.Generator().manual_seed(seed)
         self.absmax: Tensor | None = None
+        self.weight_absmax: Tensor | None = None
         self.tokens = 0
         self.sample: Tensor | None = None
         self.drawn = torch.empty(0)
 
-    def see(self, x: Tensor) -> None:
+    def see(self, x: Tensor, weight: Tensor) -> None:
+        """`weight` is looked at once, and while the layer runs: it may be there at no other time."""
+        if self.weight_absmax is None:
+            self.weight_absmax = weight.detach().abs().amax(dim=0).float().cpu()
         x = x.detach().reshape(-1, x.shape[-1])
         largest = x.abs().amax(dim=0).float()
         self.absmax = largest if self.absmax is None else torch.maximum(self.absmax, largest)
@@ -65,7 +69,7 @@ def observe(
     running = {name: _Running(rows, seed) for name in names}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, inputs: running[name].see(inputs[0])
+        return lambda _, inputs: running[name].see(inputs[0], layers[name].weight)
 
     hooks = [layers[name].register_forward_pre_hook(watch(name)) for name in names]
     try:
@@ -75,7 +79,7 @@ def observe(
         for hook in hooks:
             hook.remove()
 
-    stats = {name: _finished(name, layers[name], running[name]) for name in names}
+    stats = {name: _finished(name, running[name]) for name in names}
     for group in shared:
         members = [name for name in group if name in stats]
         if members:
@@ -93,14 +97,14 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return layer
 
 
-def _finished(name: str, layer: nn.Linear, seen: _Running) -> LayerStats:
-    if seen.absmax is None or seen.sample is None:
+def _finished(name: str, seen: _Running) -> LayerStats:
+    if seen.absmax is None or seen.weight_absmax is None or seen.sample is None:
         raise ValueError(f"calibration never reached {name}: give inputs that use it, or leave it out of the plan")
     if not bool(seen.absmax.isfinite().all()):
         raise ValueError(f"calibration fed {name} a value that is not finite: check the checkpoint and its dtype")
-    weight_absmax = layer.weight.detach().abs().amax(dim=0).float()
     # Clones, since what was made in inference mode cannot be learned from.
-    return LayerStats(seen.absmax.cpu().clone(), weight_absmax.cpu(), seen.tokens, seen.sample.cpu().clone())
+    absmax, weight_absmax, sample = (t.cpu().clone() for t in (seen.absmax, seen.weight_absmax, seen.sample))
+    return LayerStats(absmax, weight_absmax, seen.tokens, sample)
 
 
 def fingerprint(stats: dict[str, LayerStats]) -> str:

@@ -182,18 +182,24 @@ class QuantLinear(nn.Module):
         return None if self.input_factor is None else self.input_factor.view(torch.bfloat16).float()
 
 
+def fusable(first: QuantLinear, other: QuantLinear) -> bool:
+    """Do both treat a common input alike (spec, factor, signs), and have a bias both or neither?"""
+    same_input = _same(other.input_factor, first.input_factor) and _same(other.input_signs, first.input_signs)
+    same_spec = other.spec == first.spec and other.in_features == first.in_features
+    return same_spec and same_input and (other.bias is None) == (first.bias is None)
+
+
 def fuse(layers: Sequence[QuantLinear]) -> QuantLinear:
     """One layer that answers what these would, side by side along the last axis: their common input is rounded once.
 
-    Refuses layers that would round it differently (another spec, factor or signs), or of which only some have a bias.
+    Refuses layers that are not fusable.
     """
     first = layers[0]
     for layer in layers[1:]:
-        same_input = _same(layer.input_factor, first.input_factor) and _same(layer.input_signs, first.input_signs)
-        if layer.spec != first.spec or layer.in_features != first.in_features or not same_input:
-            raise ValueError(f"layers that are fused treat their input alike; got {first} and {layer}")
-        if (layer.bias is None) != (first.bias is None):
-            raise ValueError(f"layers that are fused have a bias all or none; got {first} and {layer}")
+        if not fusable(first, layer):
+            raise ValueError(
+                f"layers that are fused treat their input alike, and have a bias all or none; got {first}, {layer}"
+            )
     outputs = sum(layer.out_features for layer in layers)
     fused = QuantLinear(first.in_features, outputs, first.spec, bias=first.bias is not None, device="meta")
     state: dict[str, Any] = dict(first.state_dict())

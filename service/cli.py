@@ -123,7 +123,24 @@ def worker(
 
 Method = Annotated[str, typer.Option(help="none, rtn, smoothquant or quarot.")]
 Bits = Annotated[
-    str, typer.Option(help="Of weights, 2 to 8, and activations, 8, 6 or 4: w8a8, w4a6, w3a6, w2a8; w16a16 with none.")
+    list[str] | None,
+    typer.Option(
+        metavar="[PATTERN=]FORMAT",
+        show_default=False,
+        help="Of weights, 2 to 8, and activations, 8, 6 or 4: w8a8 (default), w4a6, w3a6, w2a8; w16a16 with none. "
+        "Repeatable: 'ff.*=w8a8' is for layers whose dotted name, or what follows a dot in it, is so; later ones win, "
+        "and one that matches nothing in the blocks asks for embedders or the head.",
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layers that stay in 16 bits: 'blocks.0.*'; repeatable, wins over --bits."),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH[:SCALE]", help="A LoRA's safetensors file or folder, merged before all else; repeatable."
+    ),
 ]
 
 
@@ -134,7 +151,9 @@ def quantize(
     ],
     out: Annotated[Path, typer.Option(help="The artifact's folder.")],
     method: Method = "rtn",
-    bits: Bits = "w8a8",
+    bits: Bits = None,
+    keep: Keep = None,
+    lora: Loras = None,
     sparsity: Annotated[
         str, typer.Option(help="dense, or POLICY:density with further fields behind commas: topk:0.25,block=64.")
     ] = "dense",
@@ -152,8 +171,8 @@ def quantize(
         bool,
         typer.Option(
             "--stream",
-            help="Layer by layer, for a checkpoint larger than memory, with rtn or quarot: nothing is run or measured, "
-            "and after a crash the same command goes on where it was.",
+            help="Layer by layer, for a checkpoint larger than memory: no quality is measured, and after a crash the "
+            "same command goes on where it was. To calibrate, the checkpoint runs from the disk.",
         ),
     ] = False,
 ) -> None:
@@ -165,7 +184,8 @@ def quantize(
         from service import offline
 
         plan = offline.plan(sparsity, warmup, qk_bits, dense_qk_bits)
-        recipe = offline.recipe(method, bits, option or [], plan, calibration_samples, judging_samples)
+        given = (option or [], plan, calibration_samples, judging_samples, keep or [], lora or [])
+        recipe = offline.recipe(method, bits or [], *given)
         device = device or os.environ.get("LOWBIT_DEVICE", "auto")
         make = offline.stream if stream else offline.quantize
         manifest = make(source, recipe, out, device, replace, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ def synth(name: str, folder: Path, seed: int, dtype: str | None, console: Consol
         raise ValueError(f"no published checkpoint {name!r}: there are {', '.join(PUBLISHED)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype is {', '.join(DTYPES)}; got {dtype}")
-    with offline.byte_bar(f"writing {name}", console) as on_bytes:
-        synthetic.write(PUBLISHED[name], folder, on_bytes, seed=seed, dtype=DTYPES[dtype] if dtype else None)
+    with offline.byte_bars(console) as show:
+        synthetic.write(
+            PUBLISHED[name], folder, partial(show, f"writing {name}"), seed=seed, dtype=DTYPES[dtype] if dtype else None
+        )
     console.print(f"{folder} holds a transformer with random weights: it can be quantized with --stream, and not run")

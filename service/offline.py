@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,23 +19,26 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 
-from models import compress, registry
+from models import compress, hub, registry
 from models import stream as layers
 from models.compress import Recipe
+from models.lora import Lora
 from models.stream import Streamed
 from quant_runtime import artifact, fields
-from quant_runtime.artifact import Manifest
+from quant_runtime.artifact import LoraRecord, Manifest
 from quant_runtime.attention import AttentionPlan, QkBits
-from quant_runtime.formats import W16A16, QuantFormat
+from quant_runtime.formats import W8A8, W16A16, QuantFormat
 from quant_runtime.kernels._cpu import keep_freed_memory
 from quant_runtime.linear import LinearSpec
 from quant_runtime.methods import METHODS
+from quant_runtime.rules import Rule
 from quant_runtime.sparsity import POLICIES
 from service.settings import DEVICE
 
@@ -48,21 +52,42 @@ STAGES = {
 
 
 def recipe(
-    method: str, bits: str, settings: Sequence[str], attention: AttentionPlan, calibration: int, judging: int
+    method: str,
+    bits: Sequence[str],
+    settings: Sequence[str],
+    attention: AttentionPlan,
+    calibration: int,
+    judging: int,
+    keep: Sequence[str] = (),
+    loras: Sequence[str] = (),
 ) -> Recipe:
-    """ValueError names the option and what would do."""
-    format_ = QuantFormat.parse(bits)
-    if (method == "none") != (format_ == W16A16):
-        raise ValueError(f"--method none goes with --bits w16a16 and with no other; got {method} and {bits}")
-    if format_ != W16A16:
-        LinearSpec(format_)  # refuses a format that no kernel runs, before an hour of calibration
+    """ValueError names the option and what would do. `keep` wins over `bits`, and of `bits` the later."""
+    format_, rules = _formats(bits)
+    asked = {format_, *(rule.format for rule in rules)}
+    if (method == "none") != (asked == {W16A16}):
+        given = ", ".join(bits) or str(W8A8)
+        raise ValueError(f"--method none goes with --bits w16a16 and with no other; got {method} and {given}")
+    for one in asked - {W16A16}:
+        LinearSpec(one)  # refuses a format that no kernel runs, before an hour of calibration
     return Recipe(
         method=fields.build(METHODS, method, dict(_pair(s) for s in settings)),
         format=format_,
         attention=attention,
         calibration_samples=calibration,
         judging_samples=judging,
+        rules=(*rules, *(Rule(pattern, W16A16) for pattern in keep)),
+        loras=tuple(Lora.parse(text) for text in loras),
     )
+
+
+def _formats(bits: Sequence[str]) -> tuple[QuantFormat, list[Rule]]:
+    """FORMAT is that of all layers, W8A8 where none is given; PATTERN=FORMAT a rule of its own."""
+    plain = [text for text in bits if "=" not in text]
+    if len(plain) > 1:
+        raise ValueError(f"--bits takes one format for all layers, others as PATTERN=FORMAT; got {', '.join(plain)}")
+    pairs = [_pair(text, "--bits is FORMAT or PATTERN=FORMAT") for text in bits if "=" in text]
+    rules = [Rule(pattern, QuantFormat.parse(format_)) for pattern, format_ in pairs]
+    return QuantFormat.parse(plain[0]) if plain else W8A8, rules
 
 
 def plan(sparsity: str, warmup: float, qk_bits: int, dense_qk_bits: int) -> AttentionPlan:
@@ -85,10 +110,10 @@ def _bits(option: str, given: int) -> QkBits:
     raise ValueError(f"{option} is 8 or 16; got {given}")
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _pair(text: str, said: str = "a field is set as NAME=VALUE") -> tuple[str, str]:
     name, sign, value = text.partition("=")
     if not sign or not name:
-        raise ValueError(f"a field is set as NAME=VALUE; got {text!r}")
+        raise ValueError(f"{said}; got {text!r}")
     return name, value
 
 
@@ -113,22 +138,24 @@ def quantize(source: str, made: Recipe, out: Path, device: str, replace: bool, c
 
 
 def stream(source: str, made: Recipe, out: Path, device: str, replace: bool, console: Console) -> Manifest:
-    """The same layer by layer, with a bar of the checkpoint's bytes. What a recipe says of samples is not looked at."""
+    """The same layer by layer, with bars of the bytes that are read. Nothing is judged."""
     keep_freed_memory()
     folder = registry.checkpoint(source)
     family = registry.family_of(folder)
     if not isinstance(family, Streamed):
         raise ValueError(f"checkpoints of {family.name} are not read layer by layer yet: leave out --stream")
-    with byte_bar("quantizing layer by layer", console) as on_bytes:
+    with byte_bars(console) as show:
         return layers.compress(
             family, folder, made.method, made.format, made.attention, out, base=_base(source, folder),
-            device=resolve(device), replace=replace, on_bytes=on_bytes,
+            device=resolve(device), rules=made.rules, loras=made.loras, replace=replace,
+            samples=made.calibration_samples, on_bytes=partial(show, "quantizing layer by layer"),
+            on_calibration=partial(show, "calibrating layer by layer"),
         )  # fmt: skip
 
 
 @contextmanager
-def byte_bar(title: str, console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A bar that is told (bytes done, of how many), and shows the time left."""
+def byte_bars(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar for each title that is told (title, bytes done, of how many, if that is known); it shows the time left."""
     columns = (
         TextColumn("{task.description:32}"),
         BarColumn(),
@@ -136,12 +163,18 @@ def byte_bar(title: str, console: Console) -> Iterator[Callable[[int, int], None
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, refresh_per_second=REFRESHES) as progress:
-        bar = progress.add_task(title, total=None)
-        yield lambda done, of: progress.update(bar, completed=done, total=of)
+        bars: dict[str, TaskID] = {}
+
+        def show(title: str, done: int, of: int | None) -> None:
+            if title not in bars:
+                bars[title] = progress.add_task(title, total=None)
+            progress.update(bars[title], completed=done, total=of)
+
+        yield show
 
 
 def _base(source: str, folder: Path) -> str:
-    return source if source in registry.SHIPPED else folder.name
+    return source if source in registry.SHIPPED else hub.name(folder)
 
 
 def resolve(device: str) -> str:
@@ -167,13 +200,22 @@ def describe(folder: Path, manifest: Manifest) -> Table:
 
 def rows(manifest: Manifest) -> list[tuple[str, str]]:
     formats = Counter(layer.format for layer in manifest.layers.values())
+    counted = [f"{count} × {name}" for name, count in formats.most_common()]
+    if manifest.kept:
+        counted.append(f"{len(manifest.kept)} kept in 16 bits")
     packed, full = manifest.layer_bytes()
     lines = [
         ("family", manifest.family),
         ("base", manifest.base.name + (f" @ {manifest.base.revision}" if manifest.base.revision else "")),
+        *(("merged", _merged(lora)) for lora in manifest.base.loras),
         ("method", _named(manifest.method)),
-        ("layers", ", ".join(f"{count} × {name}" for name, count in formats.most_common()) or "all in 16 bits"),
+        ("layers", ", ".join(counted) or "all in 16 bits"),
     ]
+    if len(counted) > 1:  # the most common is the rest
+        for name, _ in formats.most_common()[1:]:
+            lines.append((name, _spans(layer for layer, its in manifest.layers.items() if its.format == name)))
+        if manifest.kept:
+            lines.append(("16 bits", _spans(manifest.kept)))
     if packed:
         lines.append(("their bytes", f"{packed:,} for {full:,} in 16 bits: {full / packed:.2f}× smaller"))
     lines.append(("all files", f"{sum(f.bytes for f in manifest.files.values()):,} bytes in {len(manifest.files)}"))
@@ -185,6 +227,30 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         lines.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
     lines.append(("made by", manifest.runtime))
     return lines
+
+
+def _merged(lora: LoraRecord) -> str:
+    return f"{lora.name} × {lora.scale:g}" + (f", into {lora.network}" if lora.network else "")
+
+
+def _spans(names: Iterable[str]) -> str:
+    """Names that differ in their first number alone as one: blocks.0-3.ffn.net.2"""
+    numbers: dict[tuple[str, ...], list[int]] = {}
+    for name in names:
+        head, *found = re.split(r"(?<=\.)(\d+)(?=\.)", name, maxsplit=1)
+        numbers.setdefault((head, *found[1:]), []).extend(int(number) for number in found[:1])
+    return ", ".join(_runs(sorted(its)).join(parts) if its else parts[0] for parts, its in numbers.items())
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """0-2,5 of 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _named(named: artifact.Named) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -24,14 +24,18 @@ class Method(Protocol):
 
 
 @runtime_checkable
-class DataFree(Protocol):
-    """A method that looks at nothing but the weights: it can take a checkpoint layer by layer, and run none of it."""
+class Streamable(Protocol):
+    """A method that says what becomes of a layer before it has seen one: it can take a checkpoint layer by layer."""
+
+    calibrated: ClassVar[bool]  # does it look at `stats`, or at weights alone?
 
     def spec(self, in_features: int, fmt: QuantFormat) -> LinearSpec:
         """Of the layer that `quantize` makes of one with so many inputs."""
         ...
 
-    def quantize(self, layer: nn.Linear, stats: LayerStats | None, fmt: QuantFormat) -> QuantLinear: ...
+    def quantize(self, layer: nn.Linear, stats: LayerStats | None, fmt: QuantFormat) -> QuantLinear:
+        """`stats` is None only where the method is not calibrated."""
+        ...
 
 
 METHODS: dict[str, type[Method]] = {

@@ -11,6 +11,7 @@ kernel does for all sizes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from quant_runtime.methods.rtn import Rtn
 class QuaRot:
     """Signs are drawn from `seed` and the number of inputs alone: layers with a common input turn it alike."""
 
+    calibrated: ClassVar[bool] = False
     seed: int = 0
     block: int = 0  # inputs that are turned together; 0 is the largest power of two that divides their number
     rounding: Rtn = field(default_factory=Rtn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class Rtn:
     squared error in the row's weights.
     """
 
+    calibrated: ClassVar[bool] = False
     clip: Literal["absmax", "mse"] = "absmax"
 
     def __post_init__(self) -> None:

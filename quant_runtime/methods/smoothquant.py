@@ -8,6 +8,7 @@ per output channel.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from quant_runtime.methods.rtn import Rtn
 
 @dataclass(frozen=True)
 class SmoothQuant:
+    calibrated: ClassVar[bool] = True
     alpha: float = 0.5  # 0 leaves the outliers in the activations, 1 moves them all
     rounding: Rtn = field(default_factory=Rtn)
 
@@ -27,11 +29,16 @@ class SmoothQuant:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha lies between 0 and 1; got {self.alpha}")
 
-    def quantize(self, layer: nn.Linear, stats: LayerStats, fmt: QuantFormat) -> QuantLinear:
+    def spec(self, in_features: int, fmt: QuantFormat) -> LinearSpec:
+        return LinearSpec(fmt, scaled=True)
+
+    def quantize(self, layer: nn.Linear, stats: LayerStats | None, fmt: QuantFormat) -> QuantLinear:
+        if stats is None:
+            raise ValueError("smoothquant scales a layer by what it is fed: calibrate it")
         scale = smoothing_scale(stats.absmax, stats.weight_absmax, self.alpha)
         factor = scale.reciprocal().to(torch.bfloat16).to(layer.weight.device)  # any scale near it does as well
         whole, weight_scale = self.rounding.round_weight(layer.weight.detach().float() / factor.float(), fmt)
-        return QuantLinear.of(whole, weight_scale, LinearSpec(fmt, scaled=True), layer.bias, factor=factor)
+        return QuantLinear.of(whole, weight_scale, self.spec(layer.in_features, fmt), layer.bias, factor=factor)
 
 
 def smoothing_scale(activation_max: Tensor, weight_max: Tensor, alpha: float) -> Tensor:

@@ -10,19 +10,24 @@ import textwrap
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from models import compress, load, stream
+from models import calibration, compress, load, stream
 from models.base import VideoInputs
 from models.compress import Recipe
 from models.wan import Wan
 from quant_runtime import artifact
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W4A8, W8A8, W16A16
-from quant_runtime.methods import Keep, QuaRot, Rtn, SmoothQuant
+from quant_runtime.methods import METHODS, Keep, QuaRot, Rtn, SmoothQuant
+from quant_runtime.rules import Rule
+from tests.models import films
 from tests.models.films import CASES
 
 KILLS = 20
+KILLS_CALIBRATING = 8  # each costs an attempt that begins to calibrate
 INPUTS = VideoInputs(prompt="a red ball", width=96, height=64, frames=9, fps=8, steps=2, guidance=2.0, seed=0)
 
 
@@ -98,14 +103,46 @@ def test_layer_by_layer_comes_out_what_comes_out_of_the_whole(checkpoint, whole,
     assert not left(tmp_path / "b")
 
 
-def both(case, folder):
+MIXED = (Rule("to_v", W8A8), Rule("blocks.1.attn1.to_q", W16A16), Rule("text_embedder.*", W8A8))
+
+
+@pytest.mark.parametrize("method", [Rtn(), QuaRot()])
+def test_formats_by_pattern_come_out_the_same_both_ways_and_run_where_projections_differ(
+    checkpoint, whole, tmp_path, method
+):
+    recipe = Recipe(method, W4A8, judging_samples=0, rules=MIXED)
+    compress.compress(Wan(), whole, recipe, tmp_path / "a", base="tiny", device="cpu", on_progress=lambda *_: None)
+    made = streamed(checkpoint, tmp_path / "b", method, rules=MIXED)
+    one, other = (load_file(tmp_path / x / "transformer" / "diffusion_pytorch_model.safetensors") for x in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert made.kept == ("blocks.1.attn1.to_q",)
+    assert made.layers["blocks.0.attn1.to_v"].format == "W8A8"
+    assert made.layers["condition_embedder.text_embedder.linear_2"].format == "W8A8"
+    model = Wan().load(tmp_path / "b", "cpu", torch.float32)
+    model.fuse_projections()
+    assert not hasattr(model.network.blocks[0].attn1, "fused_qkv")
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    want = films.stock(plain, negative_prompt="", guidance_scale=2.0, max_sequence_length=64)
+    assert films.apart(model.film(films.inputs(), films.nothing).frames, want) <= 1  # a rounding of 8 bits
+
+
+def test_equal_projections_are_fused_beside_others_that_are_not(checkpoint, tmp_path):
+    streamed(checkpoint, tmp_path / "out", rules=(Rule("blocks.0.attn1.to_v", W8A8),))
+    blocks = load.load(tmp_path / "out", "cpu").network.blocks
+    assert [hasattr(block.attn1, "fused_qkv") for block in blocks] == [False, True]
+
+
+def both(case, folder, method=None, **options):
     """The same by the whole and layer by layer: their manifests."""
+    method = method or Rtn()
     case.tiny(folder / "checkpoint")
     given, words = (case.family, folder / "checkpoint"), {"base": "tiny", "device": "cpu"}
-    recipe = Recipe(format=W4A8, judging_samples=0)
+    recipe = Recipe(method, W4A8, judging_samples=0, calibration_samples=2)
     whole = compress.compress(*given, recipe, folder / "a", on_progress=lambda *_: None, **words)
-    last = {"on_bytes": lambda *_: None, **words}
-    return whole, stream.compress(*given, Rtn(), W4A8, AttentionPlan(), folder / "b", **last)
+    last = {"on_bytes": lambda *_: None, "samples": 2, **words, **options}
+    return whole, stream.compress(*given, method, W4A8, AttentionPlan(), folder / "b", **last)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("wan-t2v", "wan-ti2v-5b")])
@@ -118,6 +155,23 @@ def test_other_families_go_layer_by_layer_too(name, tmp_path):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
     load.load(tmp_path / "b", "cpu")  # every hash and every tensor in its place
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "wan-ti2v-5b"])
+def test_calibrated_layer_by_layer_it_is_the_same_as_of_the_whole(name, tmp_path):
+    """The same tensors, and the same said of every layer: the same sums in the same order."""
+    read = []
+    told = {"on_calibration": lambda done, of: read.append((done, of))}
+    whole, made = both(CASES[name], tmp_path, SmoothQuant(), **told)
+    assert made.calibration == whole.calibration
+    assert made.layers == whole.layers
+    for component in CASES[name].family.components(tmp_path / "b"):
+        one, other = (load_file(tmp_path / x / component / "diffusion_pytorch_model.safetensors") for x in "ab")
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert read[0][1] is None
+    assert read[-1][0] == read[-1][1]
+    assert not left(tmp_path / "b")
 
 
 def test_norms_of_no_use_that_published_checkpoints_hold_are_left_behind(tmp_path):
@@ -193,16 +247,20 @@ ATTEMPT = """
     from models.wan import Wan
     from quant_runtime.attention import AttentionPlan
     from quant_runtime.formats import W4A8
-    from quant_runtime.methods import Rtn
+    from quant_runtime.methods import METHODS
 
     def say(*words):
         os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # at once: a kill cuts no line in two
 
+    def told(done, of):
+        say("read")
+        time.sleep(0.005)  # a pace that whoever kills it can follow
+
     def attempt():
         stream.compress(
-            Wan(), Path(sys.argv[1]), Rtn(), W4A8, AttentionPlan(), Path(sys.argv[2]), base="tiny", device="cpu",
-            on_bytes=lambda done, of: (say(done), time.sleep(0.005)), sync_bytes=1,
-        )  # at a pace that whoever kills it can follow
+            Wan(), Path(sys.argv[1]), METHODS[sys.argv[3]](), W4A8, AttentionPlan(), Path(sys.argv[2]), base="tiny",
+            device="cpu", on_bytes=told, on_calibration=told, sync_bytes=1,
+        )
 
     for line in sys.stdin:  # one attempt a line
         child = os.fork()
@@ -218,28 +276,32 @@ ATTEMPT = """
 """
 
 
-def test_killed_at_any_moment_the_same_command_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_path):
-    want = streamed(checkpoint, tmp_path / "want")
-    read = sum(path.stat().st_size for path in (checkpoint / "transformer").glob("*.safetensors"))
-    command = [sys.executable, "-c", textwrap.dedent(ATTEMPT), str(checkpoint), str(tmp_path / "out")]
+@pytest.mark.parametrize(("method", "kills"), [("rtn", KILLS), ("smoothquant", KILLS_CALIBRATING)])
+def test_killed_at_any_moment_the_same_command_goes_on_and_ends_with_the_same_bytes(
+    checkpoint, tmp_path, method, kills
+):
+    reads = []  # of the network's tensors, in a run that nothing disturbs
+    told = {"on_bytes": lambda *_: reads.append(1), "on_calibration": lambda *_: reads.append(1)}
+    want = streamed(checkpoint, tmp_path / "want", METHODS[method](), **told)
+    command = [sys.executable, "-c", textwrap.dedent(ATTEMPT), str(checkpoint), str(tmp_path / "out"), method]
     drawn, killed = random.Random(0), 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
-        for number in range(KILLS + 1):
+        for number in range(kills + 1):
             print("go", file=process.stdin, flush=True)
             pid = int(process.stdout.readline().split()[1])
-            until = drawn.uniform(0, 1.05) * read if number < KILLS else math.inf  # some at the end, when it renames
-            for line in iter(process.stdout.readline, ""):
+            until = drawn.uniform(0, 1.05) * len(reads) if number < kills else math.inf  # some at the end: it renames
+            for read, line in enumerate(iter(process.stdout.readline, ""), start=1):
                 if line.startswith("ended"):
                     killed += line == "ended 9\n"
                     break
                 assert not line.startswith("failed"), line
-                if int(line) >= until:
+                if read >= until:
                     os.kill(pid, signal.SIGKILL)
                     until = math.inf
             if (tmp_path / "out").exists():
                 break
         process.stdin.close()
-    assert killed >= KILLS / 2
+    assert killed >= kills / 2
     assert artifact.read_manifest(tmp_path / "out").model_dump() == want.model_dump()
     assert artifact.verify(tmp_path / "out")
     assert not left(tmp_path / "out")
@@ -263,6 +325,37 @@ def test_what_is_done_is_not_done_again(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(Rtn, "quantize", lambda *args: rounded.append(1) or quantize(*args))
     made = streamed(checkpoint, out)
     assert 0 < len(rounded) < len(made.layers)
+
+
+def test_what_calibration_saw_is_not_asked_for_again(checkpoint, tmp_path, monkeypatch):
+    def full(done, of):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out, method = tmp_path / "out", SmoothQuant()
+    want = streamed(checkpoint, tmp_path / "want", method)
+    with pytest.raises(OSError, match="No space left"):
+        streamed(checkpoint, out, method, on_bytes=full)
+
+    def again(*_):
+        raise LookupError("calibrates")
+
+    monkeypatch.setattr(Wan, "paged", again)
+    assert streamed(checkpoint, out, method).files == want.files
+    assert not left(out)
+    with pytest.raises(LookupError, match="calibrates"):
+        streamed(checkpoint, out, method, replace=True, samples=2)
+
+
+def test_no_room_for_what_calibration_saw_is_said_as_a_full_disk_is(checkpoint, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(calibration, "save_file", full)
+        with pytest.raises(OSError, match=r"No space left on device; what is done lies in .*\.out\.partial"):
+            streamed(checkpoint, tmp_path / "out", SmoothQuant())
+    assert streamed(checkpoint, tmp_path / "out", SmoothQuant()).calibration
+    assert not left(tmp_path / "out")
 
 
 def test_another_command_does_not_go_on_with_it(checkpoint, tmp_path):
@@ -350,9 +443,9 @@ def test_a_config_of_another_network_is_named(checkpoint, tmp_path):
         streamed(checkpoint, tmp_path / "out")
 
 
-def test_a_method_that_needs_data_is_refused(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="smoothquant needs calibration"):
-        streamed(checkpoint, tmp_path / "out", method=SmoothQuant())
+def test_a_method_that_makes_no_layers_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="method none does not go layer by layer: take rtn or smoothquant or quarot"):
+        streamed(checkpoint, tmp_path / "out", method=Keep(), format_=W16A16)
 
 
 def test_two_do_not_write_the_same_artifact(checkpoint, tmp_path):

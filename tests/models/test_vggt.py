@@ -16,10 +16,11 @@ from models.scene_files import CamerasFile
 from models.vggt import POSE, Vggt, read_limits, views_of
 from models.vggt_net import dense
 from quant_runtime.attention import AttentionPlan
-from quant_runtime.formats import QuantFormat
+from quant_runtime.formats import W4A8, W8A8, W16A16, QuantFormat
 from quant_runtime.kernels._cpu import cpu_has_bfloat16
 from quant_runtime.linear import QuantLinear
-from quant_runtime.methods import METHODS
+from quant_runtime.methods import METHODS, Rtn
+from quant_runtime.rules import Rule
 from quant_runtime.sparsity.topk import TopK
 from tests.support import relative_error
 
@@ -279,3 +280,17 @@ def test_on_a_cpu_the_camera_head_runs_the_artifact_s_weights_without_int8(artif
     assert camera
     assert sorted(low) == sorted(manifest.layers.keys() - set(camera))
     assert "camera head" in opened.kernels
+
+
+def test_its_layers_get_formats_of_their_own_inside_the_blocks_and_behind_them(checkpoint, pictures, tmp_path):
+    rules = (Rule("frame_blocks.0.*", W16A16), Rule("mlp.*", W8A8), Rule("pose_branch.fc1", W8A8))
+    recipe = Recipe(Rtn(), W4A8, judging_samples=0, rules=rules)
+    words = {"base": "tiny", "device": "cpu", "on_progress": lambda *_: None}
+    made = compress.compress(registry.family("vggt"), checkpoint, recipe, tmp_path / "out", **words)
+    formats = {name: layer.format for name, layer in made.layers.items()}
+    assert formats["aggregator.frame_blocks.1.attn.qkv"] == "W4A8"
+    assert formats["aggregator.frame_blocks.0.mlp.fc1"] == "W8A8"
+    assert formats["camera_head.pose_branch.fc1"] == "W8A8"
+    assert made.kept == tuple(f"aggregator.frame_blocks.0.attn.{name}" for name in ("qkv", "proj"))
+    outputs = load.load(tmp_path / "out", "cpu").run(SceneInputs(images=pictures), tmp_path, ignored)
+    assert outputs.files

@@ -78,6 +78,7 @@ def test_the_answer_has_the_dtype_of_the_values(dtype, bits, device):
     ("plan", "dense"),
     [
         (AttentionPlan(TopK(), warmup=0.0), []),
+        (AttentionPlan(TopK(), warmup=0.01), [(0, 0), (0, 1)]),
         (AttentionPlan(TopK(), warmup=0.2), [(0, 0), (0, 1), (1, 0), (1, 1)]),
         (AttentionPlan(TopK(), warmup=0.1, dense_layers=(1,)), [(0, 0)] + [(step, 1) for step in range(10)]),
         (AttentionPlan(TopK(), warmup=1.0), [(step, layer) for step in range(10) for layer in range(2)]),

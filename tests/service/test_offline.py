@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from models import load
 from models.wan import Wan
+from quant_runtime import artifact
 from quant_runtime.attention import AttentionPlan
+from quant_runtime.formats import W3A8, W4A8, W8A8, W16A16
 from quant_runtime.kernels.unpack import packed_bytes
 from quant_runtime.methods import QuaRot, Rtn
+from quant_runtime.rules import Rule
 from quant_runtime.sparsity.dense import Dense
 from quant_runtime.sparsity.topk import TopK
 from service import offline
 from service.cli import app
+from tests.models.films import inputs, nothing
 
 
 def plan(text: str) -> AttentionPlan:
@@ -43,14 +50,39 @@ def test_bits_of_q_and_k_that_no_kernel_has_are_refused_by_the_option():
 
 
 def test_fields_of_a_method_are_set_by_name():
-    made = offline.recipe("quarot", "w4a8", ["seed=3", "rounding.clip=mse"], AttentionPlan(), 2, 1)
+    made = offline.recipe("quarot", ["w4a8"], ["seed=3", "rounding.clip=mse"], AttentionPlan(), 2, 1)
     assert made.method == QuaRot(seed=3, rounding=Rtn(clip="mse"))
     assert str(made.format) == "W4A8"
 
 
 @pytest.mark.parametrize("bits", ["w2a8", "w3a6", "w3a8", "w5a8", "w6a6", "w7a4"])
 def test_every_width_of_weights_makes_a_recipe(bits):
-    assert str(offline.recipe("rtn", bits, [], AttentionPlan(), 1, 1).format) == bits.upper()
+    assert str(offline.recipe("rtn", [bits], [], AttentionPlan(), 1, 1).format) == bits.upper()
+
+
+def test_patterns_of_bits_are_rules_in_their_order_and_what_is_kept_comes_last():
+    made = offline.recipe("rtn", ["ff.*=w8a8", "w4a8", "*.net.2=w3a8"], [], AttentionPlan(), 1, 1, ["blocks.0.*"])
+    assert made.format == W4A8
+    assert made.rules == (Rule("ff.*", W8A8), Rule("*.net.2", W3A8), Rule("blocks.0.*", W16A16))
+    assert offline.recipe("rtn", [], [], AttentionPlan(), 1, 1).format == W8A8
+    only = offline.recipe("rtn", ["w16a16", "ff.*=w8a8"], [], AttentionPlan(), 1, 1)
+    assert (only.format, only.rules) == (W16A16, (Rule("ff.*", W8A8),))
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "said"),
+    [
+        ("rtn", ["w4a8", "w8a8"], "one format for all layers"),
+        ("rtn", ["w4a8", "=w8a8"], "PATTERN=FORMAT"),
+        ("rtn", ["w4a8", "ff.*=w9a8"], "2 to 8"),
+        ("rtn", ["w4a8", "ff.*=w4a16"], "W4A16"),
+        ("none", ["w16a16", "ff.*=w8a8"], "--method none"),
+        ("none", [], "w16a16"),
+    ],
+)
+def test_bits_that_cannot_be_are_refused(method, bits, said):
+    with pytest.raises(ValueError, match=said):
+        offline.recipe(method, bits, [], AttentionPlan(), 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +103,7 @@ def test_every_width_of_weights_makes_a_recipe(bits):
 )
 def test_a_recipe_that_cannot_be_is_refused(method, bits, settings, said):
     with pytest.raises(ValueError, match=said):
-        offline.recipe(method, bits, settings, AttentionPlan(), 1, 1)
+        offline.recipe(method, [bits], settings, AttentionPlan(), 1, 1)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:99"])
@@ -153,7 +185,51 @@ def test_a_checkpoint_goes_through_layer_by_layer(made, tmp_path):
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "W4A8" in CliRunner().invoke(app, ["inspect", str(tmp_path / "streamed")]).output
-    refused = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "other"), "--method", "smoothquant"])
-    assert refused.exit_code == 2
-    assert "needs calibration" in refused.output
+    words = [*words[:-1], str(tmp_path / "other"), "--method", "smoothquant", "--calibration-samples", "1"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "calibrating layer by layer" in done.output
+    assert artifact.read_manifest(tmp_path / "other").calibration
     assert "vggt" in CliRunner().invoke(app, ["quantize", "demo-scene", "--stream", "--out", str(tmp_path)]).output
+
+
+@pytest.mark.parametrize("way", [[], ["--stream"]])
+def test_layers_get_the_format_that_their_pattern_asks_for_and_inspect_says_so(made, tmp_path, way):
+    checkpoint, out = made[0].parent / "tiny", tmp_path / "out"
+    words = ["quantize", str(checkpoint), *way, "--out", str(out), "--judging-samples", "0", "--bits", "w4a8"]
+    words += ["--bits", "ffn.*=w8a8", "--bits", "time_proj=w8a8", "--keep", "blocks.0.attn2.*"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    said = dict(offline.rows(artifact.read_manifest(out)))
+    assert said["layers"] == "12 × W4A8, 5 × W8A8, 4 kept in 16 bits"
+    assert said["W8A8"] == "condition_embedder.time_proj, blocks.0-1.ffn.net.0.proj, blocks.0-1.ffn.net.2"
+    assert said["16 bits"].startswith("blocks.0.attn2.to_q, blocks.0.attn2.to_k, ")
+    manifest = json.loads((out / "manifest.json").read_text())
+    formats = {name: layer["format"] for name, layer in manifest["layers"].items()}
+    assert formats["condition_embedder.time_proj"] == "W8A8"
+    assert formats["blocks.1.attn2.to_q"] == "W4A8"
+    assert manifest["kept"] == [f"blocks.0.attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    film = load.load(out, "cpu").film(inputs(), nothing)
+    assert film.frames.any()
+
+
+def test_a_lora_is_merged_with_its_scale_and_inspect_names_it(made, tmp_path):
+    layer, path = "transformer.blocks.0.ffn.net.2", tmp_path / "style.safetensors"
+    pair = {f"{layer}.lora_A.weight": torch.randn(2, 32), f"{layer}.lora_B.weight": torch.randn(24, 2)}
+    save_file(pair, path)
+    words = ["quantize", str(made[0].parent / "tiny"), "--stream", "--lora", f"{path}:0.5"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert ("merged", "style.safetensors × 0.5") in offline.rows(artifact.read_manifest(tmp_path / "out"))
+    refused = CliRunner().invoke(app, [*words, "--lora", str(tmp_path / "none"), "--out", str(tmp_path / "other")])
+    assert (refused.exit_code, "none is no safetensors file" in " ".join(refused.output.split())) == (2, True)
+
+
+@pytest.mark.parametrize("way", [[], ["--stream"]])
+def test_a_pattern_of_no_layer_is_named_beside_layers_that_there_are(made, tmp_path, way):
+    words = ["quantize", str(made[0].parent / "tiny"), *way, "--out", str(tmp_path / "out"), "--keep", "block.0.*"]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert "'block.0.*'" in refused.output
+    assert "blocks.0.attn1.to_q" in refused.output
+    assert not list(tmp_path.iterdir())
