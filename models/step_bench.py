@@ -172,7 +172,8 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
     model = model_of(name, made, device)
     quantize(model, chosen.method, chosen.bits)
     torch.cuda.empty_cache()
-    for density in (None, *(float(d) for d in chosen.densities.split(","))):
+    densities = [float(d) for d in chosen.densities.split(",")]
+    for density in densities if chosen.no_dense else (None, *densities):
         plan = AttentionPlan(dense_qk_bits=8, pv_bits=8) if density is None else AttentionPlan(TopK(density), pv_bits=8)
         model.attend(plan)
         torch.cuda.reset_peak_memory_stats()
@@ -181,6 +182,27 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
         yield from measured(run, answer, seconds)
         if chosen.profile is not None:
             profile(step, chosen.profile / f"{name}-{density or 'dense'}.txt")
+
+    if chosen.steps:
+        plan = AttentionPlan(TopK(densities[0]), chosen.warmup, dense_qk_bits=8, pv_bits=8)
+        model.attend(plan)
+        seconds = film(model, step, chosen.steps)
+        whole = baseline and (f"{chosen.steps} x {baseline[0]}", chosen.steps * baseline[1])
+        run = f"{chosen.bits.upper()} {chosen.method} density {densities[0]}, first {chosen.warmup:.0%} dense"
+        yield report.row(f"{case} {run}", f"{chosen.steps} steps", seconds, "s", "lower", samples=1, baseline=whole)
+
+
+def film(model: VideoModel, step: Callable[[], Tensor], steps: int) -> float:
+    """Seconds of so many steps, one after another, the plan's dense ones among them."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    model.attention.start(steps)
+    before.record()
+    for number in range(steps):
+        model.attention.at(number)
+        step()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1e3
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -206,6 +228,9 @@ def main() -> None:
     parser.add_argument("--densities", default="0.25,0.15,0.1")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", type=int, default=0, help="of a whole run at the first density, besides")
+    parser.add_argument("--warmup", type=float, default=0.1, help="the fraction of those that is dense")
+    parser.add_argument("--no-dense", action="store_true", help="leave our dense step out")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled baseline out")
     parser.add_argument("--profile", type=Path, default=None, help="a folder for tables of kernel times")
@@ -219,7 +244,7 @@ def main() -> None:
             yield found
 
     command = ["python", "-m", "models.step_bench", *sys.argv[1:]]
-    path = chosen.out / f"step-{chosen.name}.jsonl"
+    path = chosen.out / f"{'film' if chosen.steps else 'step'}-{chosen.name}.jsonl"
     with torch.inference_mode():
         report.write(path, "step", told(), command, torch.device(chosen.device))
     print(path)
