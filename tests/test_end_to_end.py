@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import av
 import httpx
@@ -21,6 +25,7 @@ from PIL import Image
 from redis import Redis
 
 from models.registry import family
+from models.wan import Wan
 from service import demo
 from service.queue.embedded import EmbeddedServer
 from tests.service.test_cli import worker_of
@@ -36,7 +41,10 @@ def artifacts(tmp_path_factory) -> Path:
 
     def make(name: str, kind: str, *more: str) -> None:
         family(kind).tiny(folder / kind)
-        command = [sys.executable, "-m", "service.cli", "quantize", str(folder / kind)]
+        quantize(name, folder / kind, *more)
+
+    def quantize(name: str, checkpoint: Path, *more: str) -> None:
+        command = [sys.executable, "-m", "service.cli", "quantize", str(checkpoint)]
         command += ["--out", str(folder / "artifacts" / name), *OPTIONS, *more]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -45,14 +53,39 @@ def artifacts(tmp_path_factory) -> Path:
         film = both.submit(make, "film", "wan", "--sparsity", "topk:0.5,block=16")
         scene = both.submit(make, "scene", "vggt")
         film.result(), scene.result()
+    Wan().tiny(folder / "i2v", "i2v")
+    quantize("start", folder / "i2v")
     return folder / "artifacts"
 
 
 @pytest.fixture(scope="module")
-def served(artifacts, tmp_path_factory) -> Iterator[demo.Served]:
+def pictures() -> Iterator[str]:
+    """Where a picture lies on the web: at an address that stands for a public one."""
+
+    class Web(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(picture(0))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.2", 0), Web) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.2:{web.server_port}/picture.png"
+        web.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def served(artifacts, pictures, tmp_path_factory) -> Iterator[demo.Served]:
     """`lowbit serve` with a lease of 2 s."""
     log = tmp_path_factory.mktemp("serve") / "serve.log"
     short = {"LOWBIT_LEASE_SECONDS": "2", "LOWBIT_BEAT_SECONDS": "0.5", "LOWBIT_BACKOFF_SECONDS": "0.1"}
+    short |= {"LOWBIT_FETCH_HOSTS": "127.0.0.2", "LOWBIT_FETCH_NETWORKS": "127.0.0.2/32"}
+    short["LOWBIT_FETCH_PORTS"] = str(urlsplit(pictures).port)
     short["OMP_NUM_THREADS"] = "1"  # layers of a few numbers gain nothing from two
     with demo.served(artifacts, log, short) as served:
         with httpx.Client(base_url=served.url, timeout=60) as client:  # the first job waits for imports
@@ -121,6 +154,27 @@ def test_a_prompt_becomes_a_film(client):
     assert record["inputs"] == asked | {"fps": 8, "guidance": 2.0, "negative_prompt": "", "image": None}
 
 
+def test_a_picture_becomes_the_same_film_whichever_way_it_came(client, pictures):
+    asked = {"prompt": "the picture comes to life", "width": 48, "height": 32, "frames": 5, "steps": 2, "seed": 1}
+    uri = "data:image/png;base64," + base64.b64encode(picture(0)).decode()
+    ways = [
+        {"data": asked, "files": {"image": ("a.png", picture(0))}},
+        {"json": asked | {"image": uri}},
+        {"json": asked | {"image": pictures}},
+        {"data": asked, "files": {"image": ("b.png", picture(1))}},
+    ]
+    jobs = [client.post("/generate/video", **way).raise_for_status().json() for way in ways]
+    assert {job["artifact"] for job in jobs} == {"start"}  # the only one that takes a picture
+    assert all(ended(client, job["id"])["status"] == "succeeded" for job in jobs)
+    film, again, fetched, other = (frames(result(client, job["id"], "video.mp4")) for job in jobs)
+    assert film.shape == (5, 32, 48, 3)
+    assert np.array_equal(film, again)
+    assert np.array_equal(film, fetched)
+    assert not np.array_equal(film, other)
+    inside = client.post("/generate/video", json=asked | {"image": pictures.replace("127.0.0.2", "127.0.0.1")})
+    assert (inside.status_code, inside.json()["field"]) == (422, "image")
+
+
 def test_pictures_become_a_scene(client):
     files = [("images", (f"{n}.png", picture(n), "image/png")) for n in range(2)]
     job = client.post("/reconstruct/3d", files=files).raise_for_status().json()["id"]
@@ -137,9 +191,10 @@ def test_pictures_become_a_scene(client):
 
 def test_what_is_offered_has_its_limits_its_quality_and_its_worker(client):
     offered = {one["name"]: one for one in client.get("/artifacts").json()}
-    assert offered.keys() == {"film", "scene"}
+    assert offered.keys() == {"film", "scene", "start"}
     assert all(one["workers"] == 1 and one["bits"] == "W4A8" for one in offered.values())
     assert offered["film"]["quality"]["psnr"] > 0
+    assert [offered[name]["limits"]["image"] for name in ("film", "start")] == ["none", "required"]
 
 
 def stopped_in_the_middle(client: httpx.Client, kill) -> dict:
