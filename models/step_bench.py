@@ -186,10 +186,10 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
     if chosen.steps:
         plan = AttentionPlan(TopK(densities[0]), chosen.warmup, dense_qk_bits=8, pv_bits=8)
         model.attend(plan)
-        seconds = film(model, step, chosen.steps)
+        took = film(model, step, chosen.steps)
         whole = baseline and (f"{chosen.steps} x {baseline[0]}", chosen.steps * baseline[1])
         run = f"{chosen.bits.upper()} {chosen.method} density {densities[0]}, first {chosen.warmup:.0%} dense"
-        yield report.row(f"{case} {run}", f"{chosen.steps} steps", seconds, "s", "lower", samples=1, baseline=whole)
+        yield report.row(f"{case} {run}", f"{chosen.steps} steps", took, "s", "lower", samples=1, baseline=whole)
 
 
 def film(model: VideoModel, step: Callable[[], Tensor], steps: int) -> float:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from quant_runtime.kernels._cpu import cpu_has_bfloat16, cpu_int8_path
 from quant_runtime.kernels.attention_blocks import attention_blocks
-from quant_runtime.kernels.attention_fp8 import attention_fp8
+from quant_runtime.kernels.attention_fp8 import attention_fp8, has_fp8
 from quant_runtime.kernels.pack_heads import Packed, pack_heads
 from quant_runtime.kernels.quantize_heads import key_center, quantize_heads
 from quant_runtime.sparsity.base import LAYOUTS, AttentionCall, Blocks, Policy, TokenLayout, every_block
@@ -214,7 +214,9 @@ def _value_dtype(v: Tensor) -> torch.dtype:
 def describe_paths(device: torch.device | str) -> dict[str, str]:
     """Which arithmetic runs on this device, in words, for logs, reports and /artifacts."""
     if torch.device(device).type != "cpu":
-        return {"linear": "int8, Triton", "attention": "int8 QK and 16-bit PV, Triton; 16-bit dense, torch"}
+        short = "FP8 PV" if has_fp8(torch.device(device)) else "FP8 PV widened to 16 bits: this GPU has no FP8"
+        dense = "16-bit dense, torch"
+        return {"linear": "int8, Triton", "attention": f"int8 QK, 16-bit PV or {short}, Triton; {dense}"}
     products = {
         "onednn": "int8, oneDNN",
         "float32": "int8 as float32 products: this CPU has no fast, exact int8 matmul",

@@ -160,6 +160,7 @@ def quantize(
     warmup: Annotated[float, typer.Option(help="Fraction of steps, from the first, with dense attention.")] = 0.0,
     qk_bits: Annotated[int, typer.Option(help="Of q and k in sparse attention: 8 or 16.")] = 8,
     dense_qk_bits: Annotated[int, typer.Option(help="Of q and k in dense attention: 8 or 16.")] = 16,
+    pv_bits: Annotated[int, typer.Option(help="Of values, where q and k have 8: 16, or 8, which are FP8.")] = 16,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Runs to calibrate with.")] = 4,
     judging_samples: Annotated[int, typer.Option(min=0, help="Runs to measure quality with; 0 measures none.")] = 2,
     option: Annotated[
@@ -183,7 +184,7 @@ def quantize(
     with _told_in_one_line():
         from service import offline
 
-        plan = offline.plan(sparsity, warmup, qk_bits, dense_qk_bits)
+        plan = offline.plan(sparsity, warmup, qk_bits, dense_qk_bits, pv_bits)
         given = (option or [], plan, calibration_samples, judging_samples, keep or [], lora or [])
         recipe = offline.recipe(method, bits or [], *given)
         device = device or os.environ.get("LOWBIT_DEVICE", "auto")

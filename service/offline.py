@@ -90,7 +90,7 @@ def _formats(bits: Sequence[str]) -> tuple[QuantFormat, list[Rule]]:
     return QuantFormat.parse(plain[0]) if plain else W8A8, rules
 
 
-def plan(sparsity: str, warmup: float, qk_bits: int, dense_qk_bits: int) -> AttentionPlan:
+def plan(sparsity: str, warmup: float, qk_bits: int, dense_qk_bits: int, pv_bits: int = 16) -> AttentionPlan:
     """`dense`, or POLICY:density with further fields behind commas: `topk:0.25,block=64`."""
     name, _, rest = sparsity.partition(":")
     first, *others = rest.split(",") if rest else [""]
@@ -99,7 +99,7 @@ def plan(sparsity: str, warmup: float, qk_bits: int, dense_qk_bits: int) -> Atte
         given["density"] = first
     policy = fields.build(POLICIES, name, given)
     sparse, dense = _bits("--qk-bits", qk_bits), _bits("--dense-qk-bits", dense_qk_bits)
-    return AttentionPlan(policy, warmup, qk_bits=sparse, dense_qk_bits=dense)
+    return AttentionPlan(policy, warmup, qk_bits=sparse, dense_qk_bits=dense, pv_bits=_bits("--pv-bits", pv_bits))
 
 
 def _bits(option: str, given: int) -> QkBits:

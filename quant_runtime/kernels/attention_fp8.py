@@ -18,6 +18,7 @@ used where it is; and sums start at the bits of 1.5 * 2**23, so that they are fl
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -252,6 +253,10 @@ def launch(
     out_dtype: torch.dtype,
     softmax_scale: float,
 ) -> Tensor:
+    if not has_fp8(q.device):
+        values = unpacked_values(v, v_scale, keys).to(out_dtype)
+        rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+        return attention_blocks.launch(q, k[:, :, :keys], values, *rest)
     batch, heads, tokens, size = q.shape
     padded, tile = k.shape[2], 64
     out = torch.empty(batch, tokens, heads, size, dtype=out_dtype, device=q.device).transpose(1, 2)
@@ -287,6 +292,12 @@ def launch(
         num_stages=2,
     )
     return out
+
+
+@functools.cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether a GPU multiplies e4m3 itself, as Ada and Hopper do. Before them, values are widened to 16 bits."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _fake(q: Tensor, *args: object) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, library
 
 from quant_runtime.kernels import hadamard, quantize_rows
 from quant_runtime.kernels._cpu import row_chunks
-from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._triton import jit, processors, tl, triton
 
 LARGEST_INNER = 128  # what one matrix product turns; a second one turns as many of these, at most
 LARGEST_TILE = 1 << 14  # numbers that a program holds in registers
@@ -63,33 +63,42 @@ def _kernel(
     BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BR whole rows of x as [BR * PARTS, B]: H of B from the right, then H of ACROSS over neighbouring parts."""
-    i, cols = tl.arange(0, BR * PARTS), tl.arange(0, BP)
-    row, part = tl.program_id(0).to(tl.int64) * BR + i // PARTS, i % PARTS
-    inside = ((row < M) & (part * B < K))[:, None] & (cols < B)[None, :]
-    columns = part[:, None] * B + cols[None, :]
-    at = row[:, None] * K + columns
-    block = tl.load(x + at, mask=inside, other=0.0)
-    block *= tl.load(signs + columns, mask=inside, other=0).to(block.dtype)
-    turned = tl.dot(block, hadamard.signed_ones(BP, block.dtype), input_precision="ieee") * (1 / (B * ACROSS) ** 0.5)
-    if ACROSS > 1:
-        ones = hadamard.signed_ones(BR * PARTS, tl.float32)
-        near = (i // ACROSS)[:, None] == (i // ACROSS)[None, :]  # popcount of the bits within: those above are alike
-        odd = (1 - 2 * _parity(i // ACROSS))[:, None].to(tl.float32)
-        turned = tl.dot(tl.where(near, ones * odd, 0.0), turned, input_precision=PRECISION)
-    if FACTOR:
-        turned *= tl.load(factor + columns, mask=inside, other=0.0)
-    turned = tl.where(inside, turned, 0.0)  # beyond B, H of the padded size goes on
+    """BR whole rows of x at a time as [BR * PARTS, B]: H of B from the right, then H of ACROSS over neighbouring parts.
 
-    most = tl.max(tl.reshape(tl.max(tl.abs(turned), axis=1), (BR, PARTS)), axis=1)
-    broken = tl.max(tl.reshape(tl.max((turned != turned).to(tl.float32), axis=1), (BR, PARTS)), axis=1)
-    row_scale = tl.math.div_rn(tl.maximum(most, TINY), top + tl.zeros((BR,), tl.float32))
-    row_scale = tl.where(broken > 0, float("nan"), row_scale)
-    rows = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    tl.store(scale + rows, row_scale, mask=rows < M)
-    inverse = tl.math.div_rn(tl.full((BR,), 1.0, tl.float32), row_scale)
-    each = tl.reshape(tl.broadcast_to(inverse[:, None], (BR, PARTS)), (BR * PARTS,))
-    tl.store(q + at, quantize_rows.whole(turned * each[:, None]), mask=inside)
+    A program makes H once, for all rows that it turns.
+    """
+    i, cols = tl.arange(0, BR * PARTS), tl.arange(0, BP)
+    part = i % PARTS
+    columns = part[:, None] * B + cols[None, :]
+    in_row = (part * B < K)[:, None] & (cols < B)[None, :]
+    inner = hadamard.signed_ones(BP, x.dtype.element_ty)
+    flips = tl.load(signs + columns, mask=in_row, other=0).to(x.dtype.element_ty)
+    if ACROSS > 1:
+        near = (i // ACROSS)[:, None] == (i // ACROSS)[None, :]
+        odd = (1 - 2 * _parity(i // ACROSS))[:, None].to(tl.float32)  # of the bits above, which near parts have alike
+        outer = tl.where(near, hadamard.signed_ones(BR * PARTS, tl.float32) * odd, 0.0)
+
+    for first in range(tl.program_id(0) * BR, M, tl.num_programs(0) * BR):
+        row = first + i // PARTS
+        inside = (row < M)[:, None] & in_row
+        at = row.to(tl.int64)[:, None] * K + columns
+        block = tl.load(x + at, mask=inside, other=0.0) * flips
+        turned = tl.dot(block, inner, input_precision="ieee") * (1 / (B * ACROSS) ** 0.5)
+        if ACROSS > 1:
+            turned = tl.dot(outer, turned, input_precision=PRECISION)
+        if FACTOR:
+            turned *= tl.load(factor + columns, mask=in_row, other=0.0)
+        turned = tl.where(inside, turned, 0.0)  # beyond B, H of the padded size goes on
+
+        most = tl.max(tl.reshape(tl.max(tl.abs(turned), axis=1), (BR, PARTS)), axis=1)
+        broken = tl.max(tl.reshape(tl.max((turned != turned).to(tl.float32), axis=1), (BR, PARTS)), axis=1)
+        row_scale = tl.math.div_rn(tl.maximum(most, TINY), top + tl.zeros((BR,), tl.float32))
+        row_scale = tl.where(broken > 0, float("nan"), row_scale)
+        rows = first + tl.arange(0, BR)
+        tl.store(scale + rows, row_scale, mask=rows < M)
+        inverse = tl.math.div_rn(tl.full((BR,), 1.0, tl.float32), row_scale)
+        each = tl.reshape(tl.broadcast_to(inverse[:, None], (BR, PARTS)), (BR * PARTS,))
+        tl.store(q + at, quantize_rows.whole(turned * each[:, None]), mask=inside)
 
 
 @jit
@@ -115,7 +124,8 @@ def launch(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | Non
         "ieee" if x.dtype == torch.float32 else "tf32"
     )  # of sums of 16-bit numbers 11 bits are as good as their own
     top, tiny = 2.0 ** (bits - 1) - 1, quantize_rows.TINY
-    _kernel[(triton.cdiv(m, rows),)](
+    programs = min(triton.cdiv(m, rows), 4 * processors(x.device))
+    _kernel[(programs,)](
         x.contiguous(), signs, factor, q, scale, m, k, top, TINY=tiny, FACTOR=factor is not None, **sizes,
         PRECISION=precision, num_warps=8 if rows * parts * max(inner, 16) > 8192 else 4,
     )  # fmt: skip

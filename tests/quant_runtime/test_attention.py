@@ -11,6 +11,7 @@ from tests.support import relative_error
 
 FP32_ROUNDING = 1e-6
 INT8_AND_BF16 = 0.02  # q and k in 8 bits, values in bfloat16, on inputs of size one; measured: 0.010
+FP8_VALUES = 0.06  # and values, with what multiplies them, in e4m3; measured: 0.036
 VIDEO = TokenLayout(5, 6, 9)  # 270 tokens, no block is filled evenly
 VIEWS = TokenLayout(4, 7, 7, special=5)
 
@@ -36,6 +37,35 @@ def test_dense_calls_run_in_8_bits_where_the_plan_says_so(device):
     error = relative_error(attend(q, k, v, layer=0, layout=VIDEO, state=state), scaled_dot_product_attention(q, k, v))
     assert 1e-4 < error < INT8_AND_BF16
     assert state.density().sparse is None
+
+
+@pytest.mark.parametrize("plan", [AttentionPlan(dense_qk_bits=8, pv_bits=8), AttentionPlan(TopK(1.0), pv_bits=8)])
+def test_values_go_in_8_bits_where_the_plan_says_so(plan, device):
+    q, k, v = qkv(VIDEO, device)
+    state = AttentionState(plan)
+    error = relative_error(attend(q, k, v, layer=0, layout=VIDEO, state=state), scaled_dot_product_attention(q, k, v))
+    assert INT8_AND_BF16 < error < FP8_VALUES
+    assert state.density().effective == 1.0
+
+
+def test_values_of_8_bits_go_with_queries_and_keys_of_8_and_with_tokens_in_the_order_they_have():
+    call = AttentionCall(0, 1, 10, VIDEO)
+    assert not AttentionPlan(pv_bits=8).packed(call), "dense, in 16 bits"
+    assert AttentionPlan(dense_qk_bits=8, pv_bits=8).packed(call)
+    assert AttentionPlan(TopK(), pv_bits=8).packed(call)
+    assert not AttentionPlan(TopK(), pv_bits=8, warmup=0.2).packed(call), "a dense step, in 16 bits"
+    assert not AttentionPlan(TopK(), qk_bits=16, pv_bits=8).packed(call)
+    assert not AttentionPlan(TopK()).packed(call)
+    assert not AttentionPlan(TopK(), pv_bits=8).packed(AttentionCall(0, 1, 10, VIEWS)), "special tokens go first"
+
+
+def test_a_sparse_call_of_8_bits_keeps_the_density_of_blocks_of_128(device):
+    layout = TokenLayout(5, 16, 16)  # ten blocks
+    q, k, v = qkv(layout, device)
+    state = AttentionState(AttentionPlan(TopK(0.3, block=16), pv_bits=8))
+    out = attend(q, k, v, layer=0, layout=layout, state=state)
+    assert state.density().effective == pytest.approx(0.3)
+    assert out.isfinite().all()
 
 
 def test_special_tokens_get_their_dense_answer_and_all_tokens_their_place(device):

@@ -47,6 +47,9 @@ def test_a_policy_that_is_none_is_refused(text, said):
 def test_bits_of_q_and_k_that_no_kernel_has_are_refused_by_the_option():
     with pytest.raises(ValueError, match=r"--dense-qk-bits is 8 or 16; got 4"):
         offline.plan("dense", 0.0, 8, 4)
+    with pytest.raises(ValueError, match=r"--pv-bits is 8 or 16; got 6"):
+        offline.plan("dense", 0.0, 8, 8, 6)
+    assert offline.plan("dense", 0.0, 8, 8, 8) == AttentionPlan(dense_qk_bits=8, pv_bits=8)
 
 
 def test_fields_of_a_method_are_set_by_name():

@@ -5,6 +5,7 @@ from torch import library
 from quant_runtime.kernels import quantize_rows as op
 from tests.quant_runtime.kernels.inputs import rows
 
+FUSED = 2e-3  # of the entries: 16-bit numbers lie at a half often, and where a GPU fuses they are rounded once less
 HALF_A_STEP = 0.5 + 1e-5  # of the scale; x * (1 / scale) is itself rounded
 SHAPES = [(1, 1), (5, 33), (8, 128), (21, 257), (2, 5000)]
 VERSIONS = [op.on_cpu, pytest.param(op.launch, marks=pytest.mark.skipif(op.triton is None, reason="no Triton"))]
@@ -38,7 +39,7 @@ def test_versions_agree_with_the_reference_to_the_last_bit(version, dtype, m, k,
         assert (q.int() - want_q.int()).abs().max() <= (device == "cuda"), (
             "a GPU may fuse the product into the rounding"
         )
-        assert (q != want_q).float().mean() < 1e-4
+        assert (q != want_q).float().mean() < (FUSED if device == "cuda" else 1e-4)
 
 
 @pytest.mark.parametrize("version", [op.reference, *VERSIONS])
