@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from quant_runtime.kernels._cpu import cpu_has_bfloat16, cpu_int8_path
 from quant_runtime.kernels.attention_blocks import attention_blocks
-from quant_runtime.kernels.attention_fp8 import attention_fp8, has_fp8
+from quant_runtime.kernels.attention_fp8 import attention_fp8, has_fp8, takes
 from quant_runtime.kernels.pack_heads import Packed, pack_heads
 from quant_runtime.kernels.quantize_heads import key_center, quantize_heads
 from quant_runtime.sparsity.base import LAYOUTS, AttentionCall, Blocks, Policy, TokenLayout, every_block
@@ -50,11 +50,12 @@ class AttentionPlan:
         warm = max(round(self.warmup * call.steps), 1) if self.warmup else 0  # a tenth of four steps is one of them
         return call.step < warm or call.layer in self.dense_layers
 
-    def packed(self, call: AttentionCall) -> bool:
-        """Whether this call's q, k and v go as pack_heads makes them: all in 8 bits, tokens in the order they have."""
+    def packed(self, call: AttentionCall, size: int) -> bool:
+        """Whether this call's q, k and v, heads of `size`, go as pack_heads makes them: in 8 bits and in their order."""
         dense = self.is_dense(call) or isinstance(self.policy, Dense)
         bits = self.dense_qk_bits if dense else self.qk_bits
-        return self.pv_bits == 8 and bits == 8 and (dense or self.policy.order(call.layout) is None)
+        fits = takes(size) and (dense or self.policy.order(call.layout) is None)
+        return self.pv_bits == 8 and bits == 8 and fits
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, 
     if q.shape[2] != layout.tokens or k.shape[2] != layout.tokens:
         raise ValueError(f"{layout} has {layout.tokens} tokens; got q and k with {q.shape[2]} and {k.shape[2]}")
     call, plan = state.call(layer, layout), state.plan
-    if plan.packed(call) and q.shape[3] % 32 == 0:
+    if plan.packed(call, q.shape[3]):
         return attend_packed(pack_heads(q, k, v, PACKED_BLOCK), call, state, v.dtype)
     order = None
     blocks = None

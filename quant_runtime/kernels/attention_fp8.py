@@ -51,7 +51,7 @@ def attention_fp8(
     softmax_scale: float | None = None,
 ) -> Tensor:
     batch, heads, tokens, size = q.shape
-    if block_q not in BLOCKS_Q or block_k not in BLOCKS_K or size % 32 or not 32 <= size <= 256:
+    if block_q not in BLOCKS_Q or block_k not in BLOCKS_K or not takes(size):
         found = f"block_q={block_q}, block_k={block_k}, D={size}"
         raise ValueError(f"attention_fp8 has block_q 64 or 128, block_k 32 to 128, D a multiple of 32 to 256; {found}")
     padded = -(-keys // block_k) * block_k
@@ -74,6 +74,11 @@ def attention_fp8(
     scale = softmax_scale if softmax_scale is not None else size**-0.5
     out: Tensor = _op(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, scale)
     return out
+
+
+def takes(size: int) -> bool:
+    """Whether there is a kernel for heads of this size."""
+    return size % 32 == 0 and 32 <= size <= 256
 
 
 def slots(keys: int) -> Tensor:

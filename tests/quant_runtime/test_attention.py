@@ -50,13 +50,14 @@ def test_values_go_in_8_bits_where_the_plan_says_so(plan, device):
 
 def test_values_of_8_bits_go_with_queries_and_keys_of_8_and_with_tokens_in_the_order_they_have():
     call = AttentionCall(0, 1, 10, VIDEO)
-    assert not AttentionPlan(pv_bits=8).packed(call), "dense, in 16 bits"
-    assert AttentionPlan(dense_qk_bits=8, pv_bits=8).packed(call)
-    assert AttentionPlan(TopK(), pv_bits=8).packed(call)
-    assert not AttentionPlan(TopK(), pv_bits=8, warmup=0.2).packed(call), "a dense step, in 16 bits"
-    assert not AttentionPlan(TopK(), qk_bits=16, pv_bits=8).packed(call)
-    assert not AttentionPlan(TopK()).packed(call)
-    assert not AttentionPlan(TopK(), pv_bits=8).packed(AttentionCall(0, 1, 10, VIEWS)), "special tokens go first"
+    assert not AttentionPlan(pv_bits=8).packed(call, 128), "dense, in 16 bits"
+    assert AttentionPlan(dense_qk_bits=8, pv_bits=8).packed(call, 128)
+    assert AttentionPlan(TopK(), pv_bits=8).packed(call, 128)
+    assert not AttentionPlan(TopK(), pv_bits=8, warmup=0.2).packed(call, 128), "a dense step, in 16 bits"
+    assert not AttentionPlan(TopK(), qk_bits=16, pv_bits=8).packed(call, 128)
+    assert not AttentionPlan(TopK()).packed(call, 128)
+    assert not AttentionPlan(TopK(), pv_bits=8).packed(call, 16), "no kernel has heads of 16"
+    assert not AttentionPlan(TopK(), pv_bits=8).packed(AttentionCall(0, 1, 10, VIEWS), 128), "special tokens go first"
 
 
 def test_a_sparse_call_of_8_bits_keeps_the_density_of_blocks_of_128(device):
