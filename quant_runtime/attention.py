@@ -51,7 +51,7 @@ class AttentionPlan:
         return call.step < warm or call.layer in self.dense_layers
 
     def packed(self, call: AttentionCall, size: int) -> bool:
-        """Whether this call's q, k and v, heads of `size`, go as pack_heads makes them: in 8 bits and in their order."""
+        """Whether q, k and v of this call, heads of `size`, go as pack_heads makes them: in 8 bits, in their order."""
         dense = self.is_dense(call) or isinstance(self.policy, Dense)
         bits = self.dense_qk_bits if dense else self.qk_bits
         fits = takes(size) and (dense or self.policy.order(call.layout) is None)

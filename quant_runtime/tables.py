@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PLACE = re.compile(
-    r"<!-- figures: (?P<asked>(?P<name>[\w-]+)(: (?P<metrics>[^>]+?))?) -->\n.*?<!-- /figures -->", re.DOTALL
+    r"<!-- figures: (?P<asked>(?P<name>[\w.-]+)(: (?P<metrics>[^>]+?))?) -->\n.*?<!-- /figures -->", re.DOTALL
 )
 RESULTS = Path("docs/results")
 
