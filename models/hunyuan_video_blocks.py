@@ -15,8 +15,8 @@ from quant_runtime.linear import QuantLinear
 class Streams(Debts):
     """Video and text go from block to block as two tensors; where they are two views of one, that is remembered."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def forget(self) -> None:
+        super().forget()
         self._joint: tuple[Tensor, Tensor, Tensor] | None = None  # video and text, and what both are views of
 
     def joined(self, video: Tensor, text: Tensor) -> Tensor:
@@ -42,6 +42,7 @@ class Block:
 
     def __init__(self, block: Any, streams: Streams) -> None:
         self.block, self.streams = block, streams
+        self.first = False  # none of these is before it
         self.followed = False  # by another of these
 
     def __call__(
@@ -53,11 +54,17 @@ class Block:
         freqs_cis: Pair | None = None,
         *rest: Any,
     ) -> tuple[Tensor, Tensor]:
+        if self.first:
+            self.streams.forget()
         if freqs_cis is None or not runs_packed(self.block.attn):
             pair = self.streams.settled_pair(hidden_states, encoder_hidden_states)
             seen, read = type(self.block).forward(self.block, *pair, temb, attention_mask, freqs_cis, *rest)
-            return seen, read
-        return self.packed(hidden_states, encoder_hidden_states, temb, self.streams.rope(freqs_cis, hidden_states))
+        else:
+            rope = self.streams.rope(freqs_cis, hidden_states)
+            seen, read = self.packed(hidden_states, encoder_hidden_states, temb, rope)
+        if not self.followed:
+            self.streams.forget()
+        return seen, read
 
     def packed(self, video: Tensor, text: Tensor, temb: Tensor, rope: Pair) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -136,6 +143,7 @@ def pack_blocks(network: Any) -> None:
         made: Block | None = None
         if all(hasattr(block.attn, name) for name in projections) and all_quantized(block):
             made = block.forward = kind(block, streams)
+            made.first = before is None
         if before is not None:
             before.followed = made is not None
         before = made

@@ -20,9 +20,13 @@ from quant_runtime.linear import QuantLinear, Rounded
 
 
 class Debts:
-    """What the blocks of one network hand on to each other within one pass."""
+    """What the blocks of one network hand on to each other within one pass, and forget behind it."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """At both ends of a pass: one that was broken off leaves nothing to the next, and none holds memory."""
         self._owed: list[tuple[Tensor, Tensor, Tensor]] = []  # x, y and gate: x is to become x + gate * y
         self._rope: tuple[Tensor, Pair] | None = None  # as diffusers has it, and each angle once
 

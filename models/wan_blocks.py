@@ -23,14 +23,21 @@ class Block:
 
     def __init__(self, block: Any, debts: Debts) -> None:
         self.block, self.debts = block, debts
+        self.first = False  # none of these is before it
         self.followed = False  # by another of these
 
     def __call__(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Pair) -> Tensor:
+        if self.first:
+            self.debts.forget()
         if temb.ndim != 3 or not runs_packed(self.block.attn1):
             x = self.debts.settled(hidden_states)
-            whole: Tensor = type(self.block).forward(self.block, x, encoder_hidden_states, temb, rotary_emb)
-            return whole
-        return self.packed(hidden_states, encoder_hidden_states, temb, self.debts.rope(rotary_emb, hidden_states))
+            out: Tensor = type(self.block).forward(self.block, x, encoder_hidden_states, temb, rotary_emb)
+        else:
+            rope = self.debts.rope(rotary_emb, hidden_states)
+            out = self.packed(hidden_states, encoder_hidden_states, temb, rope)
+        if not self.followed:
+            self.debts.forget()
+        return out
 
     def packed(self, x: Tensor, context: Tensor, temb: Tensor, rope: Pair) -> Tensor:
         block, attn = self.block, self.block.attn1
@@ -62,6 +69,7 @@ def pack_blocks(network: Any) -> None:
         made: Block | None = None
         if hasattr(block.attn1, "fused_qkv") and isinstance(block.norm2, nn.LayerNorm) and all_quantized(block):
             made = block.forward = Block(block, debts)
+            made.first = before is None
         if before is not None:
             before.followed = made is not None
         before = made

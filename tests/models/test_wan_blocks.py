@@ -101,3 +101,22 @@ def test_a_block_behind_one_of_16_bits_is_handed_the_whole_sum():
     assert relative_error(run(made, PLANS[0], given), run(network(), PLANS[0], given)) < 0.02, (
         "one layer is not rounded"
     )
+
+
+def test_a_pass_that_is_broken_off_leaves_nothing_to_the_next_and_none_keeps_tensors():
+    made, given = packed(), inputs()
+    want = run(made, PLANS[0], given)
+
+    def broken(*_):
+        raise InterruptedError
+
+    last = made.blocks[-1].ffn.net[2]
+    last.product = broken
+    with pytest.raises(InterruptedError):
+        run(made, PLANS[0], given)
+    assert made.blocks[-1].forward.debts._rope is not None, "it was broken off within"
+    del last.product
+    assert torch.equal(run(made, PLANS[0], given), want)
+    debts = made.blocks[-1].forward.debts
+    assert debts._rope is None
+    assert not debts._owed
