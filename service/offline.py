@@ -220,9 +220,13 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         lines.append(("their bytes", f"{packed:,} for {full:,} in 16 bits: {full / packed:.2f}× smaller"))
     lines.append(("all files", f"{sum(f.bytes for f in manifest.files.values()):,} bytes in {len(manifest.files)}"))
     if manifest.attention is not None:
-        kept = manifest.attention.effective_density
+        its = manifest.attention
+        kept, each = its.effective_density, its.network_densities
         measured = f", {kept:.1%} of key blocks kept, mean over all steps" if kept is not None else ""
-        lines.append(("attention", _named(manifest.attention.policy) + measured))
+        if each:
+            measured += f" ({', '.join(f'{name} {own:.1%}' for name, own in each.items())})"
+        bits = f"; q and k in {its.qk_bits} bits, dense {its.dense_qk_bits}, values {its.pv_bits}"
+        lines.append(("attention", _named(its.policy) + measured + bits))
     for name, value in manifest.quality.items():
         lines.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
     lines.append(("made by", manifest.runtime))

@@ -158,6 +158,17 @@ def test_inspect_gives_the_manifest_as_a_table_or_as_json(made):
     assert whole == json.loads((folder / "manifest.json").read_text())
 
 
+def test_inspect_tells_the_bits_of_attention_and_the_density_of_each_network(made):
+    manifest = artifact.Manifest.model_validate_json((made[0] / "manifest.json").read_text())
+    own = {"transformer": 0.5, "transformer_2": 0.25}
+    attention = manifest.attention.model_copy(
+        update={"effective_density": 0.375, "network_densities": own, "pv_bits": 8}
+    )
+    said = dict(offline.rows(manifest.model_copy(update={"attention": attention})))["attention"]
+    assert "37.5% of key blocks kept, mean over all steps (transformer 50.0%, transformer_2 25.0%)" in said
+    assert said.endswith("q and k in 8 bits, dense 16, values 8")
+
+
 def test_a_folder_that_is_no_artifact_and_a_checkpoint_that_is_none_are_named(tmp_path, made):
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path)])
     assert (shown.exit_code, "manifest.json" in shown.output) == (2, True)
