@@ -79,7 +79,8 @@ def attended(attn: Any, qkv: Tensor, norm: Pair, eps: float, rope: Pair, others:
 def runs_packed(attn: Any) -> bool:
     """Whether the plan has this call of `attn` in 8 bits throughout."""
     its = attn.processor
-    return its.state.plan.packed(its.state.call(its.layer, its.model.layout), attn.inner_dim // attn.heads)
+    call, device = its.state.call(its.layer, its.model.layout), attn.norm_q.weight.device
+    return its.state.plan.packed(call, attn.inner_dim // attn.heads, device)
 
 
 def normed(

@@ -108,6 +108,7 @@ class AttentionRecord(_Strict):
     sparse_density: float | None = None
     effective_density: float | None = None
     network_densities: dict[str, float] = {}  # the effective one of each network, where several take turns
+    fp8_calls: float | None = None  # the fraction of attention calls whose values were in FP8
 
     @classmethod
     def of(cls, plan: AttentionPlan, density: Density | None = None) -> AttentionRecord:
@@ -121,6 +122,7 @@ class AttentionRecord(_Strict):
             sparse_density=density.sparse if density else None,
             effective_density=density.effective if density else None,
             network_densities=dict(density.networks) if density else {},
+            fp8_calls=density.packed if density else None,
         )
 
     def plan(self) -> AttentionPlan:

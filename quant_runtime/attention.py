@@ -50,11 +50,11 @@ class AttentionPlan:
         warm = max(round(self.warmup * call.steps), 1) if self.warmup else 0  # a tenth of four steps is one of them
         return call.step < warm or call.layer in self.dense_layers
 
-    def packed(self, call: AttentionCall, size: int) -> bool:
+    def packed(self, call: AttentionCall, size: int, device: torch.device) -> bool:
         """Whether q, k and v of this call, heads of `size`, go as pack_heads makes them: in 8 bits, in their order."""
         dense = self.is_dense(call) or isinstance(self.policy, Dense)
         bits = self.dense_qk_bits if dense else self.qk_bits
-        fits = takes(size) and (dense or self.policy.order(call.layout) is None)
+        fits = takes(size) and has_fp8(device) and (dense or self.policy.order(call.layout) is None)
         return self.pv_bits == 8 and bits == 8 and fits
 
 
@@ -65,6 +65,7 @@ class Density:
     effective: float  # mean over all steps, dense ones included
     sparse: float | None  # mean over the calls that were not dense; None if all were
     networks: Mapping[str, float] = field(default_factory=dict)  # the effective one of each, where several take turns
+    packed: float = 0.0  # the fraction of calls with values in FP8
 
 
 class AttentionState:
@@ -85,13 +86,15 @@ class AttentionState:
         self.steps, self.step = steps, 0
         self._kept: dict[int, list[Tensor]] = {}  # step → the density of each call, on the device until asked for
         self._sparse: list[Tensor] = []
+        self._packed = 0  # calls
 
     def at(self, step: int) -> None:
         if not 0 <= step < self.steps:
             raise ValueError(f"this generation has steps 0 to {self.steps - 1}; got {step}")
         self.step = step
 
-    def record(self, blocks: Blocks | None) -> None:
+    def record(self, blocks: Blocks | None, packed: bool = False) -> None:
+        self._packed += packed
         density = torch.ones(()) if blocks is None else blocks.density()
         self._kept.setdefault(self.step, []).append(density)
         if blocks is not None:
@@ -102,7 +105,7 @@ class AttentionState:
 
     def density(self) -> Density:
         """Of the calls since `start`. Refused before the first of them."""
-        return _density(self._kept, self._sparse)
+        return _density(self._kept, self._sparse, self._packed)
 
 
 class SharedState(AttentionState):
@@ -131,16 +134,18 @@ class SharedState(AttentionState):
         for state in self.states.values():
             for step, calls in state._kept.items():
                 kept[step] = [*kept.get(step, []), *calls]
-        whole = _density(kept, [density for state in self.states.values() for density in state._sparse])
+        sparse = [density for state in self.states.values() for density in state._sparse]
+        whole = _density(kept, sparse, sum(state._packed for state in self.states.values()))
         own = {name: state.density().effective for name, state in self.states.items() if state._kept}
         return replace(whole, networks=own)
 
 
-def _density(kept: Mapping[int, list[Tensor]], sparse: list[Tensor]) -> Density:
+def _density(kept: Mapping[int, list[Tensor]], sparse: list[Tensor], packed: int) -> Density:
     if not kept:
         raise ValueError("no attention call has been made since the generation started")
     steps = [_mean(calls) for calls in kept.values()]
-    return Density(sum(steps) / len(steps), _mean(sparse) if sparse else None)
+    share = packed / sum(len(calls) for calls in kept.values())
+    return Density(sum(steps) / len(steps), _mean(sparse) if sparse else None, packed=share)
 
 
 def _mean(densities: list[Tensor]) -> float:
@@ -156,7 +161,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, 
     if q.shape[2] != layout.tokens or k.shape[2] != layout.tokens:
         raise ValueError(f"{layout} has {layout.tokens} tokens; got q and k with {q.shape[2]} and {k.shape[2]}")
     call, plan = state.call(layer, layout), state.plan
-    if plan.packed(call, q.shape[3]):
+    if plan.packed(call, q.shape[3], q.device):
         return attend_packed(pack_heads(q, k, v, PACKED_BLOCK), call, state, v.dtype)
     order = None
     blocks = None
@@ -181,7 +186,7 @@ def attend_packed(packed: Packed, call: AttentionCall, state: AttentionState, ou
     blocks = None
     if not state.plan.is_dense(call):
         blocks = state.plan.policy.blocks_by_means(packed.q_means, packed.k_means, call, PACKED_BLOCK)
-    state.record(blocks)
+    state.record(blocks, packed=True)
     if blocks is None:
         blocks = every_block(packed.q, packed.q, PACKED_BLOCK)
     operands = (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale)
@@ -215,9 +220,9 @@ def _value_dtype(v: Tensor) -> torch.dtype:
 def describe_paths(device: torch.device | str) -> dict[str, str]:
     """Which arithmetic runs on this device, in words, for logs, reports and /artifacts."""
     if torch.device(device).type != "cpu":
-        short = "FP8 PV" if has_fp8(torch.device(device)) else "FP8 PV widened to 16 bits: this GPU has no FP8"
-        dense = "16-bit dense, torch"
-        return {"linear": "int8, Triton", "attention": f"int8 QK, 16-bit PV or {short}, Triton; {dense}"}
+        present = not torch.cuda.is_available() or has_fp8(torch.device(device))
+        values = "16-bit or FP8 PV" if present else "16-bit PV: this GPU has no FP8"
+        return {"linear": "int8, Triton", "attention": f"int8 QK, {values}, Triton; 16-bit dense, torch"}
     products = {
         "onednn": "int8, oneDNN",
         "float32": "int8 as float32 products: this CPU has no fast, exact int8 matmul",

@@ -165,7 +165,7 @@ def fused(device: torch.device, rounds: int) -> Rows:
          lambda: norm_quantize(x, shift, scale, y, gate)[0]),
         ("quantize", 3 * values, lambda: quantize_rows(x[0])[0]),
         ("GELU, quantize", 12 * values, lambda: gelu_quantize(inner)[0]),
-        ("attention | GELU, quantize", 15 * values, lambda: gelu_quantize(inner, x[0])[0]),
+        ("attention, and GELU, quantize", 15 * values, lambda: gelu_quantize(inner, x[0])[0]),
         ("Hadamard of 128, quantize", 3 * values, lambda: hadamard_quantize(x[0], signs, 128)[0]),
         ("norm of q and k, rotation, pack q, k, v", 9 * values,
          lambda: pack_heads(*heads_of(qkv), BLOCK, (ones, ones), (ones, ones), 1e-6, rope).q),

@@ -99,7 +99,12 @@ def plan(sparsity: str, warmup: float, qk_bits: int, dense_qk_bits: int, pv_bits
         given["density"] = first
     policy = fields.build(POLICIES, name, given)
     sparse, dense = _bits("--qk-bits", qk_bits), _bits("--dense-qk-bits", dense_qk_bits)
-    return AttentionPlan(policy, warmup, qk_bits=sparse, dense_qk_bits=dense, pv_bits=_bits("--pv-bits", pv_bits))
+    values = _bits("--pv-bits", pv_bits)
+    if values == 8 and dense == 16 and (sparse == 16 or name == "dense"):
+        raise ValueError(
+            "--pv-bits 8 goes with q and k of 8 bits: --dense-qk-bits 8, or a sparse policy and --qk-bits 8"
+        )
+    return AttentionPlan(policy, warmup, qk_bits=sparse, dense_qk_bits=dense, pv_bits=values)
 
 
 def _bits(option: str, given: int) -> QkBits:
@@ -226,6 +231,8 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         if each:
             measured += f" ({', '.join(f'{name} {own:.1%}' for name, own in each.items())})"
         bits = f"; q and k in {its.qk_bits} bits, dense {its.dense_qk_bits}, values {its.pv_bits}"
+        if its.pv_bits == 8 and its.fp8_calls is not None:
+            bits += f" in {its.fp8_calls:.0%} of calls"
         lines.append(("attention", _named(its.policy) + measured + bits))
     for name, value in manifest.quality.items():
         lines.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))

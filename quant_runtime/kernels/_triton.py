@@ -30,6 +30,16 @@ if importlib.util.find_spec("triton") is not None:
 
 
 @functools.cache
+def shared_kib(device: torch.device) -> int:
+    """Shared memory that one program can have: of the data-centre cards, by their capability; 99 of all others.
+
+    Triton's interpreter, on a CPU, has as much as the largest.
+    """
+    known = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+    return known.get(torch.cuda.get_device_capability(device), 99) if device.type == "cuda" else 227
+
+
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU: how many programs run at once, at least. Without one, what tests make do with."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -9,7 +9,7 @@ out     bfloat16, float16 or float32 [B, H, N, D], laid out in memory as [B, N, 
 
 pack_heads makes the operands. scores = softmax_scale * q @ k.T, exact sums times both scales; softmax over the kept
 keys in float32; P in e4m3, as 256 times itself; sums over a block of keys in the matrix unit, over blocks in float32. D
-is a multiple of 32 up to 256, block_q is 64 or 128, block_k is 32, 64 or 128.
+is a multiple of 32 up to 128, block_q is 64 or 128, block_k is 32, 64 or 128.
 
 What makes it fast on Hopper: keys and values come through the copy engine; V lies transposed, since FP8 wants its
 second operand so; its keys lie in the order in which the first product leaves its columns in registers, so that P is
@@ -29,6 +29,7 @@ from quant_runtime.kernels._triton import TensorDescriptor, jit, tl, triton
 
 BLOCKS_Q = (64, 128)
 BLOCKS_K = (32, 64, 128)
+LARGEST_D = 128
 GROUP = 32  # keys that are reordered among themselves
 FP8_TOP = 448.0  # the largest e4m3
 P_BITS = 8  # P, at most 1, is written as P * 2**8: its small values keep their bits, and 256 is below the top
@@ -53,7 +54,9 @@ def attention_fp8(
     batch, heads, tokens, size = q.shape
     if block_q not in BLOCKS_Q or block_k not in BLOCKS_K or not takes(size):
         found = f"block_q={block_q}, block_k={block_k}, D={size}"
-        raise ValueError(f"attention_fp8 has block_q 64 or 128, block_k 32 to 128, D a multiple of 32 to 256; {found}")
+        raise ValueError(
+            f"attention_fp8 has block_q 64 or 128, block_k 32 to 128, D a multiple of 32 to {LARGEST_D}; {found}"
+        )
     padded = -(-keys // block_k) * block_k
     rows = -(-tokens // block_q)
     for name, tensor, dtype, shape in (
@@ -78,7 +81,7 @@ def attention_fp8(
 
 def takes(size: int) -> bool:
     """Whether there is a kernel for heads of this size."""
-    return size % 32 == 0 and 32 <= size <= 256
+    return size % 32 == 0 and 32 <= size <= LARGEST_D
 
 
 def slots(keys: int) -> Tensor:
@@ -231,6 +234,8 @@ def _visit(
     if RAGGED:
         real = tl.where((j * BK + tl.arange(0, BK) < M)[None, :], real, float("-inf"))
     scale = row_scale * tl.load(scales + j)
+    if RAGGED:
+        scale = tl.where(scale < 1e-37, 1e-37, scale)  # of zeros it may be zero, and what is masked must stay far below
     higher = tl.maximum(most, (tl.max(real, axis=1) - 12582912.0) * scale)
     weights = tl.exp2(real * scale[:, None] - (higher + 12582912.0 * scale - P_BITS)[:, None])
     fade = tl.exp2(most - higher)
@@ -258,10 +263,6 @@ def launch(
     out_dtype: torch.dtype,
     softmax_scale: float,
 ) -> Tensor:
-    if not has_fp8(q.device):
-        values = unpacked_values(v, v_scale, keys).to(out_dtype)
-        rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
-        return attention_blocks.launch(q, k[:, :, :keys], values, *rest)
     batch, heads, tokens, size = q.shape
     padded, tile = k.shape[2], 64
     out = torch.empty(batch, tokens, heads, size, dtype=out_dtype, device=q.device).transpose(1, 2)
@@ -301,8 +302,8 @@ def launch(
 
 @functools.cache
 def has_fp8(device: torch.device) -> bool:
-    """Whether a GPU multiplies e4m3 itself, as Ada and Hopper do. Before them, values are widened to 16 bits."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether this device packs and multiplies e4m3: a CPU, and GPUs from Ada and Hopper on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _fake(q: Tensor, *args: object) -> Tensor:

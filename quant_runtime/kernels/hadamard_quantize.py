@@ -13,9 +13,10 @@ from torch import Tensor, library
 
 from quant_runtime.kernels import hadamard, quantize_rows
 from quant_runtime.kernels._cpu import row_chunks
-from quant_runtime.kernels._triton import jit, processors, tl, triton
+from quant_runtime.kernels._triton import jit, processors, shared_kib, tl, triton
 
 LARGEST_INNER = 128  # what one matrix product turns; a second one turns as many of these, at most
+TILE_KIB = 160  # of shared memory, for a tile so large
 LARGEST_TILE = 1 << 14  # numbers that a program holds in registers
 
 
@@ -113,7 +114,8 @@ def _parity(i):
 def launch(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     (m, k), inner = x.shape, min(block, hadamard.tile(x.dtype), LARGEST_INNER)
     parts, across = triton.next_power_of_2(k // inner), block // inner
-    if parts * max(inner, 16) > LARGEST_TILE or (across > 1 and parts > LARGEST_INNER):  # a row does not fit
+    fits = parts * max(inner, 16) <= LARGEST_TILE and (across == 1 or parts <= LARGEST_INNER)
+    if not fits or shared_kib(x.device) < TILE_KIB:  # a row does not fit, or its tile does not: two kernels
         return quantize_rows.launch(hadamard.launch(x, signs, block), bits, factor)
     q = torch.empty(m, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)

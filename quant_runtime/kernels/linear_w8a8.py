@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, library
 
 from quant_runtime.kernels._cpu import operand, products, row_chunks, scratch
-from quant_runtime.kernels._triton import TensorDescriptor, jit, processors, tl, triton
+from quant_runtime.kernels._triton import TensorDescriptor, jit, processors, shared_kib, tl, triton
 
 LARGEST_K = 131_072  # 2**17 products of at most 2**14 fill an int32
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 64  # up to here a small tile; the rest of the card waits for weights anyway
+PERSISTENT_KIB = 215  # of shared memory: three tiles of each operand, and one of y
 WIDE = 1 << 24  # weights of more bytes are shared by more rows at a time, while half of a Hopper's cache holds them
 
 
@@ -196,7 +197,7 @@ def launch(
     (m, k), n = x.shape, w.shape[0]
     y = torch.empty(m, n, dtype=out_dtype, device=x.device) if out is None else out
     x, w, x_scale, w_scale = (t.contiguous() for t in (x, w, x_scale, w_scale))
-    if m > FEW_ROWS and _described(x, w, y):
+    if m > FEW_ROWS and _described(x, w, y) and shared_kib(x.device) >= PERSISTENT_KIB:
         bm, bn, bk = (128, 256, 128) if y.element_size() == 2 else (128, 128, 128)  # two tiles of y fill the memory
         blocks = ((x, [bm, bk]), (w, [bn, bk]), (y, [bm, bn]))
         dx, dw, dy = (TensorDescriptor.from_tensor(t, block) for t, block in blocks)

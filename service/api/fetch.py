@@ -29,6 +29,7 @@ FETCHES_AT_ONCE = 8
 MOST_REDIRECTS = 3
 MOST_ADDRESSES = 4  # of one host that are tried
 CONNECT_SECONDS = 3.0  # to one address
+QUOTED = 100  # characters of what the other side says
 SPOOLED = 1024 * 1024  # bytes kept in memory, the rest on the disk
 _PORTS = {"http": 80, "https": 443}
 _MOVED = frozenset({301, 302, 303, 307, 308})
@@ -92,7 +93,7 @@ class Fetcher:
         """The URL, where what it says of scheme, user, port and host is allowed. Its address is not known yet."""
         settings = self._settings
         if url.scheme not in _PORTS:
-            raise RefusedError(f"cannot be fetched: the scheme is {url.scheme!a}; http and https are taken")
+            raise RefusedError(f"cannot be fetched: the scheme is {url.scheme[:QUOTED]!a}; http and https are taken")
         if url.userinfo:
             raise RefusedError("cannot be fetched: a URL with a user name or password is not taken")
         port = _PORTS[url.scheme] if url.port is None else url.port
@@ -181,7 +182,7 @@ class _Guarded(httpcore.AsyncNetworkBackend):
     async def connect_unix_socket(
         self,
         path: str,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,  # noqa: ASYNC109  httpcore's signature
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         raise RefusedError("cannot be fetched: a socket of this machine is no public address")
@@ -208,7 +209,9 @@ def _check_head(status: int, headers: dict[bytes, bytes], url: httpx.URL, settin
         raise RefusedError(f"cannot be fetched: {_host(url)} answered {status}")
     encoding = headers.get(b"content-encoding", b"identity").strip().lower()
     if encoding != b"identity":
-        raise RefusedError(f"cannot be fetched: it came compressed ({encoding.decode('latin-1')!a}), though not asked")
+        raise RefusedError(
+            f"cannot be fetched: it came compressed ({encoding[:QUOTED].decode('latin-1')!a}), though not asked"
+        )
     length = headers.get(b"content-length", b"")
     if length.isdigit() and int(length) > settings.max_start_image_bytes:
         raise RefusedError(f"cannot be fetched: it has {int(length)} bytes; at most {settings.max_start_image_bytes}")

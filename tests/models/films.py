@@ -38,7 +38,6 @@ RECIPES = {
     "w3a6": Recipe(Rtn(), QuantFormat.parse("w3a6"), judging_samples=0),
     "w4a4": Recipe(QuaRot(), QuantFormat.parse("w4a4"), judging_samples=0),
     "sparse": Recipe(Rtn(), QuantFormat.parse("w8a8"), AttentionPlan(TopK(0.75, block=16)), judging_samples=0),
-    "fp8": Recipe(Rtn(), QuantFormat.parse("w8a8"), AttentionPlan(TopK(0.75), pv_bits=8), judging_samples=0),
 }
 
 

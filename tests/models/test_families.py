@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from models import load, registry
 from models.video import networks
 from quant_runtime.linear import QuantLinear
-from quant_runtime.sparsity.dense import Dense
 from tests.models import films
 from tests.models.films import CASES, FLOAT32, RECIPES, ROUNDING, apart, nothing
 from tests.support import relative_error
@@ -99,8 +98,7 @@ def test_a_worker_makes_files_of_it(case, checkpoint, made, tmp_path):
     assert [file.name for file in outputs.files] == ["video.mp4", "poster.jpg", "run.json"]
     assert all(file.path.stat().st_size for file in outputs.files)
     density, each = model.attention.density(), len(networks(model.network))
-    sparse = made.recipe.attention.policy != Dense()
-    assert 0 < density.sparse <= 1 if sparse else density.sparse is None
+    assert density.sparse is None if made.recipe is not RECIPES["sparse"] else 0 < density.sparse < 1
     assert len(json.loads((tmp_path / "run.json").read_text())["attention"]["network_densities"]) == each * (each > 1)
     if made.recipe.judging_samples:
         assert made.manifest.quality["psnr"] > SAME_PSNR

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 
 import pytest
 import torch
@@ -289,19 +290,20 @@ def test_killed_at_any_moment_the_same_command_goes_on_and_ends_with_the_same_by
         for number in range(kills + 1):
             print("go", file=process.stdin, flush=True)
             pid = int(process.stdout.readline().split()[1])
-            until = drawn.uniform(0, 1.05) * len(reads) if number < kills else math.inf  # some at the end: it renames
+            until = drawn.uniform(0, 0.98) * len(reads) if number < kills else math.inf
             for read, line in enumerate(iter(process.stdout.readline, ""), start=1):
                 if line.startswith("ended"):
                     killed += line == "ended 9\n"
                     break
                 assert not line.startswith("failed"), line
                 if read >= until:
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it has ended meanwhile
+                        os.kill(pid, signal.SIGKILL)
                     until = math.inf
             if (tmp_path / "out").exists():
                 break
         process.stdin.close()
-    assert killed >= kills / 2
+    assert killed >= 0.9 * kills, "a busy machine reads late what a child says, and it may have ended"
     assert artifact.read_manifest(tmp_path / "out").model_dump() == want.model_dump()
     assert artifact.verify(tmp_path / "out")
     assert not left(tmp_path / "out")

@@ -76,6 +76,22 @@ def test_a_renamed_key_is_named(sharded):
         Wan().load(sharded, "cpu", torch.float32)
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox"])
+def test_every_family_loads_its_shards_whole_and_names_a_key_that_was_renamed(tiny, name, tmp_path):
+    family, folder = registry.family(name), tmp_path / "sharded"
+    shutil.copytree(tiny / name, folder)
+    shutil.rmtree(folder / "transformer")
+    network = family.skeleton(tiny / name)
+    synthetic.write_network(network, folder / "transformer", torch.bfloat16, 20_000, 0, nothing)
+    assert len(list((folder / "transformer").glob(f"{NAME}-*-of-*.safetensors"))) > 2
+    stock = family.transformer.from_pretrained(folder, subfolder="transformer", dtype=torch.float32)
+    assert same(family.load(folder, "cpu", torch.float32).network, stock)
+    key = family.linears(network)[-1]
+    renamed(folder / "transformer", f"{key}.weight", f"{key}.wait")
+    with pytest.raises(ValueError, match=rf"missing: \['{key}.weight'\]; tensors of no layer: \['{key}.wait'\]"):
+        family.load(folder, "cpu", torch.float32)
+
+
 def test_a_shard_that_is_missing_or_cut_off_is_named(sharded):
     file = shard_of(sharded / "transformer", KEY)
     data = file.read_bytes()

@@ -12,6 +12,7 @@ from tests.support import relative_error
 FP32_ROUNDING = 1e-6
 INT8_AND_BF16 = 0.02  # q and k in 8 bits, values in bfloat16, on inputs of size one; measured: 0.010
 FP8_VALUES = 0.06  # and values, with what multiplies them, in e4m3; measured: 0.036
+CPU = torch.device("cpu")
 VIDEO = TokenLayout(5, 6, 9)  # 270 tokens, no block is filled evenly
 VIEWS = TokenLayout(4, 7, 7, special=5)
 
@@ -45,19 +46,21 @@ def test_values_go_in_8_bits_where_the_plan_says_so(plan, device):
     state = AttentionState(plan)
     error = relative_error(attend(q, k, v, layer=0, layout=VIDEO, state=state), scaled_dot_product_attention(q, k, v))
     assert INT8_AND_BF16 < error < FP8_VALUES
-    assert state.density().effective == 1.0
+    assert (state.density().effective, state.density().packed) == (1.0, 1.0)
 
 
 def test_values_of_8_bits_go_with_queries_and_keys_of_8_and_with_tokens_in_the_order_they_have():
     call = AttentionCall(0, 1, 10, VIDEO)
-    assert not AttentionPlan(pv_bits=8).packed(call, 128), "dense, in 16 bits"
-    assert AttentionPlan(dense_qk_bits=8, pv_bits=8).packed(call, 128)
-    assert AttentionPlan(TopK(), pv_bits=8).packed(call, 128)
-    assert not AttentionPlan(TopK(), pv_bits=8, warmup=0.2).packed(call, 128), "a dense step, in 16 bits"
-    assert not AttentionPlan(TopK(), qk_bits=16, pv_bits=8).packed(call, 128)
-    assert not AttentionPlan(TopK()).packed(call, 128)
-    assert not AttentionPlan(TopK(), pv_bits=8).packed(call, 16), "no kernel has heads of 16"
-    assert not AttentionPlan(TopK(), pv_bits=8).packed(AttentionCall(0, 1, 10, VIEWS), 128), "special tokens go first"
+    assert not AttentionPlan(pv_bits=8).packed(call, 128, CPU), "dense, in 16 bits"
+    assert AttentionPlan(dense_qk_bits=8, pv_bits=8).packed(call, 128, CPU)
+    assert AttentionPlan(TopK(), pv_bits=8).packed(call, 128, CPU)
+    assert not AttentionPlan(TopK(), pv_bits=8, warmup=0.2).packed(call, 128, CPU), "a dense step, in 16 bits"
+    assert not AttentionPlan(TopK(), qk_bits=16, pv_bits=8).packed(call, 128, CPU)
+    assert not AttentionPlan(TopK()).packed(call, 128, CPU)
+    assert not AttentionPlan(TopK(), pv_bits=8).packed(call, 16, CPU), "no kernel has heads of 16"
+    assert not AttentionPlan(TopK(), pv_bits=8).packed(AttentionCall(0, 1, 10, VIEWS), 128, CPU), (
+        "special tokens go first"
+    )
 
 
 def test_a_sparse_call_of_8_bits_keeps_the_density_of_blocks_of_128(device):

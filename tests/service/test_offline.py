@@ -50,6 +50,9 @@ def test_bits_of_q_and_k_that_no_kernel_has_are_refused_by_the_option():
     with pytest.raises(ValueError, match=r"--pv-bits is 8 or 16; got 6"):
         offline.plan("dense", 0.0, 8, 8, 6)
     assert offline.plan("dense", 0.0, 8, 8, 8) == AttentionPlan(dense_qk_bits=8, pv_bits=8)
+    for given in (("dense", 0.0, 8, 16, 8), ("topk:0.5", 0.0, 16, 16, 8)):
+        with pytest.raises(ValueError, match="--pv-bits 8 goes with q and k of 8 bits"):
+            offline.plan(*given)
 
 
 def test_fields_of_a_method_are_set_by_name():
@@ -162,11 +165,11 @@ def test_inspect_tells_the_bits_of_attention_and_the_density_of_each_network(mad
     manifest = artifact.Manifest.model_validate_json((made[0] / "manifest.json").read_text())
     own = {"transformer": 0.5, "transformer_2": 0.25}
     attention = manifest.attention.model_copy(
-        update={"effective_density": 0.375, "network_densities": own, "pv_bits": 8}
+        update={"effective_density": 0.375, "network_densities": own, "pv_bits": 8, "fp8_calls": 0.9}
     )
     said = dict(offline.rows(manifest.model_copy(update={"attention": attention})))["attention"]
     assert "37.5% of key blocks kept, mean over all steps (transformer 50.0%, transformer_2 25.0%)" in said
-    assert said.endswith("q and k in 8 bits, dense 16, values 8")
+    assert said.endswith("q and k in 8 bits, dense 16, values 8 in 90% of calls")
 
 
 def test_a_folder_that_is_no_artifact_and_a_checkpoint_that_is_none_are_named(tmp_path, made):
