@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Streams(Debts):
         return self.settled(video), self.settled(text)
 
 
-class Block:
+class Block(ABC):
     """Stands where a block's `forward` stood."""
 
     def __init__(self, block: Any, streams: Streams) -> None:
@@ -66,8 +67,9 @@ class Block:
             self.streams.forget()
         return seen, read
 
+    @abstractmethod
     def packed(self, video: Tensor, text: Tensor, temb: Tensor, rope: Pair) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """The block in 8 bits: video and text, or what lacks no more than the next block adds."""
 
     def added(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         """x + gate * y, or x that lacks it, where the block behind this one sees to that."""
