@@ -64,7 +64,17 @@ class JointAttention:
 
 
 class CogVideoXModel(VideoModel):
+    """Latents are float32 between the steps, as those of the other families are, whatever the network computes in.
+
+    diffusers keeps them in the prompt's dtype, and draws noise in it: from one seed 16 bits draw other noise than 32.
+    """
+
     processor = JointAttention
+
+    def __init__(self, pipe: Any, serving: video.Serving, device: str) -> None:
+        super().__init__(pipe, serving, device)
+        decode = pipe.vae.decode
+        pipe.vae.decode = lambda latents, *args, **kwargs: decode(latents.to(pipe.vae.dtype), *args, **kwargs)
 
     def attentions(self, network: Any) -> Mapping[str, Any]:
         return {f"transformer_blocks.{i}.attn1": block.attn1 for i, block in enumerate(network.transformer_blocks)}
@@ -74,7 +84,8 @@ class CogVideoXModel(VideoModel):
         frames, _, height, width = given["hidden_states"].shape[1:]
         patch, text = self.network.config.patch_size, given["encoder_hidden_states"].shape[1]
         self.layout = TokenLayout(frames, height // patch, width // patch, text=text, text_first=True)
-        return given
+        own = {name: given[name].to(self.network.dtype) for name in ("hidden_states", "encoder_hidden_states")}
+        return given | own
 
     def asked(self, inputs: VideoInputs) -> dict[str, Any]:
         prompt, negative = self.pipe.encode_prompt(
@@ -84,8 +95,8 @@ class CogVideoXModel(VideoModel):
             max_sequence_length=self.serving.max_tokens,
         )
         return {
-            "prompt_embeds": prompt,
-            "negative_prompt_embeds": negative,
+            "prompt_embeds": prompt.float(),
+            "negative_prompt_embeds": None if negative is None else negative.float(),
             "guidance_scale": inputs.guidance,
             "use_dynamic_cfg": isinstance(self.pipe.scheduler, CogVideoXDPMScheduler),  # as the model's authors run it
         }
@@ -109,7 +120,7 @@ class CogVideoX(PipelineFamily[CogVideoXModel]):
         pipe.vae.enable_tiling()  # decoded at once, a film of the default size takes more memory than it was made in
 
     def dtypes(self, around: torch.dtype, half: torch.dtype) -> dict[str, torch.dtype]:
-        """One for all: this pipeline hands the latents to the decoder as they are."""
+        """One for all parts."""
         return {"default": around}
 
     def tiny(self, folder: Path) -> None:
