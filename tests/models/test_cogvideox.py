@@ -149,6 +149,16 @@ def test_the_decoder_has_the_type_of_the_latents_on_every_device(checkpoint, hal
     assert apart(model.film(inputs(), nothing).frames, made.before) <= ROUNDING
 
 
+def test_between_the_steps_latents_are_float32_whatever_the_network_computes_in(checkpoint):
+    model = CogVideoX().load(checkpoint, "cpu", torch.bfloat16)
+    seen = []
+    step = model.pipe.scheduler.step
+    model.pipe.scheduler.step = lambda *args, **kwargs: seen.append(args[2].dtype) or step(*args, **kwargs)
+    model.film(inputs(), nothing)
+    assert seen
+    assert {*seen} == {torch.float32}
+
+
 def test_its_layers_are_those_of_the_blocks_modulation_included(model):
     assert len(model.layers()) == 8 * model.network.config.num_layers
     assert {"transformer_blocks.0.norm1.linear", "transformer_blocks.1.norm2.linear"} < {*model.layers()}
