@@ -66,7 +66,7 @@ class JointAttention:
 class CogVideoXModel(VideoModel):
     """Latents are float32 between the steps, as those of the other families are, whatever the network computes in.
 
-    diffusers keeps them in the prompt's dtype and draws noise in it: from one seed, perhaps other noise than in 32 bits.
+    diffusers keeps them in the prompt's dtype and draws noise in it: perhaps other noise of one seed than in 32 bits.
     """
 
     processor = JointAttention
