@@ -11,7 +11,14 @@ from tests.support import relative_error
 P_ROUNDED = 0.04  # e4m3 has 3 bits behind the first: P is off by 2**-4 of itself at most, and random values add few up
 INTERPRETED = 0.1  # Triton's interpreter rounds up to a power of two as down to half of it: one in 64 is half itself
 FP8 = 0.05  # P and V in e4m3, q and k in int8, where an answer is the mean of some hundred values that cancel
-SHAPES = [(1, 2, 200, 64, 64), (2, 1, 300, 32, 128), (1, 2, 130, 128, 64), (1, 1, 64, 96, 64), (1, 1, 5, 64, 128)]
+SHAPES = [
+    (1, 2, 200, 64, 64),
+    (2, 1, 300, 32, 128),
+    (2, 2, 300, 64, 128),
+    (1, 2, 130, 128, 64),
+    (1, 1, 64, 96, 64),
+    (1, 1, 5, 64, 128),
+]
 
 
 def limit(device):
