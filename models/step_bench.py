@@ -14,24 +14,24 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import registry
+from models import registry, timing
 from models.published import PUBLISHED
 from models.video import VideoModel
 from quant_runtime import report
 from quant_runtime.attention import AttentionPlan
-from quant_runtime.formats import QuantFormat
-from quant_runtime.methods import METHODS, Streamable
 from quant_runtime.sparsity.topk import TopK
+
+BASELINE = "bfloat16 cuDNN"
 
 
 def network(name: str, device: str) -> Any:
@@ -49,31 +49,46 @@ def network(name: str, device: str) -> Any:
     return made
 
 
-def hunyuan_inputs(width: int, height: int, frames: int, device: str) -> dict[str, Any]:
+def hunyuan_inputs(config: Any, width: int, height: int, frames: int, device: str) -> dict[str, Any]:
     """256 real tokens of text."""
     return {
-        "hidden_states": _noise(device, 16, (frames - 1) // 4 + 1, height // 8, width // 8),
+        "hidden_states": _noise(device, 1, config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8),
         "timestep": torch.tensor([500.0], device=device),
-        "encoder_hidden_states": _noise(device, 256, 4096),
+        "encoder_hidden_states": _noise(device, 1, 256, config.text_embed_dim),
         "encoder_attention_mask": torch.ones(1, 256, device=device, dtype=torch.bfloat16),
-        "pooled_projections": _noise(device, 768),
+        "pooled_projections": _noise(device, 1, config.pooled_projection_dim),
         "guidance": torch.tensor([6000.0], device=device),
         "return_dict": False,
     }
 
 
-def wan_inputs(width: int, height: int, frames: int, device: str) -> dict[str, Any]:
+def wan_inputs(config: Any, width: int, height: int, frames: int, device: str) -> dict[str, Any]:
     """512 tokens of text, which Wan pads to and does not mask."""
     return {
-        "hidden_states": _noise(device, 16, (frames - 1) // 4 + 1, height // 8, width // 8),
+        "hidden_states": _noise(device, 1, config.in_channels, (frames - 1) // 4 + 1, height // 8, width // 8),
         "timestep": torch.tensor([500], device=device),
-        "encoder_hidden_states": _noise(device, 512, 4096),
+        "encoder_hidden_states": _noise(device, 1, 512, config.text_dim),
+        "return_dict": False,
+    }
+
+
+def cogvideox_inputs(config: Any, width: int, height: int, frames: int, device: str) -> dict[str, Any]:
+    """A batch of two, with a prompt and without: so it is guided. 226 tokens of text, padded to and not masked."""
+    latents, patch = (frames - 1) // 4 + 1, config.patch_size
+    grid = (height // 8 // patch, width // 8 // patch)
+    crop = get_resize_crop_region_for_grid(grid, config.sample_width // patch, config.sample_height // patch)
+    places = get_3d_rotary_pos_embed(config.attention_head_dim, crop, grid, latents, device=torch.device(device))
+    return {
+        "hidden_states": _noise(device, 2, latents, config.in_channels, height // 8, width // 8),
+        "timestep": torch.tensor([500, 500], device=device),
+        "encoder_hidden_states": _noise(device, 2, config.max_text_seq_length, config.text_embed_dim),
+        "image_rotary_emb": places,
         "return_dict": False,
     }
 
 
 def _noise(device: str, *shape: int) -> Tensor:
-    return torch.randn(1, *shape, device=device, dtype=torch.bfloat16)
+    return torch.randn(*shape, device=device, dtype=torch.bfloat16)
 
 
 class WithoutMask(HunyuanVideoAttnProcessor2_0):
@@ -90,7 +105,12 @@ class WithoutMask(HunyuanVideoAttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
 
 
-INPUTS = {"hunyuan-video": hunyuan_inputs, "wan-2.1-14b": wan_inputs, "wan-2.1-1.3b": wan_inputs}
+INPUTS = {
+    "hunyuan-video": hunyuan_inputs,
+    "wan-2.1-14b": wan_inputs,
+    "wan-2.1-1.3b": wan_inputs,
+    "cogvideox-5b": cogvideox_inputs,
+}
 
 
 def model_of(name: str, made: nn.Module, device: str) -> VideoModel:
@@ -101,69 +121,46 @@ def model_of(name: str, made: nn.Module, device: str) -> VideoModel:
     return family.model(pipeline(**parts | {"transformer": made}), family.serving(), device)
 
 
-def quantize(model: VideoModel, method: str, bits: str) -> None:
-    """Every layer that shrinks, in place, without data."""
-    how, format_ = METHODS[method](), QuantFormat.parse(bits)
-    if not isinstance(how, Streamable) or how.calibrated:
-        raise ValueError(f"{method} needs calibration, and random weights have nothing to be calibrated for")
-    for name in model.layers():
-        layer = model.network.get_submodule(name)
-        model.network.set_submodule(name, how.quantize(layer, None, format_))
-    model.fuse_projections()
-
-
-def timed(call: Callable[[], Tensor], rounds: int) -> tuple[Tensor, list[float]]:
-    """What the last of `rounds` answered, and their seconds, after one that warms up."""
-    call()
-    seconds = []
-    for _ in range(rounds):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        answer = call()
-        after.record()
-        torch.cuda.synchronize()
-        seconds.append(before.elapsed_time(after) / 1e3)
-    return answer, seconds
+def compile_blocks(made: Any) -> None:
+    """As diffusers' compile_repeated_blocks does, which CogVideoX does not name its blocks for."""
+    repeated = made._repeated_blocks or [type(made.transformer_blocks[0]).__name__]
+    for part in made.modules():
+        if type(part).__name__ in repeated:
+            part.compile(fullgraph=True)
 
 
 def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
-    device = chosen.device
+    device, where = chosen.device, torch.device(chosen.device)
     width, height = (int(n) for n in chosen.size.split("x"))
     case = f"{name} {width}x{height}x{chosen.frames}"
     torch.manual_seed(0)
     made = network(name, device)
-    inputs = INPUTS[name](width, height, chosen.frames, device)
+    inputs = INPUTS[name](made.config, width, height, chosen.frames, device)
 
     def step() -> Tensor:
         answer: Tensor = made(**inputs)[0]
         return answer
 
-    baseline: tuple[str, float] | None = None
+    baseline: timing.Baseline = None
     want: Tensor | None = None
 
-    def measured(run: str, answer: Tensor, seconds: list[float]) -> list[dict[str, Any]]:
-        error = None if want is None else float(f"{relative(answer, want):.3g}")
-        quarters = quantiles(seconds, n=4) if len(seconds) > 1 else [0.0] * 3
-        time = report.row(
-            f"{case} {run}", "step", median(seconds), "s", "lower", samples=len(seconds), baseline=baseline,
-            spread=quarters[2] - quarters[0], error=error,
-        )  # fmt: skip
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        return [time, report.row(f"{case} {run}", "peak memory", peak, "GiB", "lower", samples=1)]
+    def measured(run: str) -> list[dict[str, Any]]:
+        nonlocal want
+        answer, seconds = timing.timed(step, chosen.rounds, where)
+        error = None if want is None else timing.relative(answer, want)
+        if run == BASELINE:
+            want = answer
+        return [*timing.rows(f"{case} {run}", "step", seconds, where, baseline, error)]
 
     if not chosen.no_baseline:
         for part in made.modules():
             if isinstance(getattr(part, "processor", None), HunyuanVideoAttnProcessor2_0):
                 part.set_processor(WithoutMask())
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
-            torch.cuda.reset_peak_memory_stats()
-            answer, seconds = timed(step, chosen.rounds)
-            found = measured("bfloat16 cuDNN", answer, seconds)
-            want = answer
+        with timing.cudnn(where):
+            found = measured(BASELINE)
             if not chosen.no_compile:
-                made.compile_repeated_blocks(fullgraph=True)
-                answer, compiled = timed(step, chosen.rounds)
-                found += measured("bfloat16 cuDNN, blocks compiled", answer, compiled)
+                compile_blocks(made)
+                found += measured(f"{BASELINE}, blocks compiled")
                 for block in made.modules():
                     block._compiled_call_impl = None
         best = min((one for one in found if one["metric"] == "step"), key=lambda one: one["value"])
@@ -171,43 +168,33 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
         yield from found
 
     model = model_of(name, made, device)
-    quantize(model, chosen.method, chosen.bits)
+    timing.quantize(model.network, model.layers(), chosen.method, chosen.bits)
+    model.fuse_projections()
     torch.cuda.empty_cache()
     densities = [float(d) for d in chosen.densities.split(",")]
     for density in densities if chosen.no_dense else (None, *densities):
         plan = AttentionPlan(dense_qk_bits=8, pv_bits=8) if density is None else AttentionPlan(TopK(density), pv_bits=8)
         model.attend(plan)
-        torch.cuda.reset_peak_memory_stats()
-        answer, seconds = timed(step, chosen.rounds)
         run = f"{chosen.bits.upper()} {chosen.method} " + ("dense" if density is None else f"density {density}")
-        yield from measured(run, answer, seconds)
+        yield from measured(run)
         if chosen.profile is not None:
             profile(step, chosen.profile / f"{name}-{density or 'dense'}.txt")
 
     if chosen.steps:
         plan = AttentionPlan(TopK(densities[0]), chosen.warmup, dense_qk_bits=8, pv_bits=8)
         model.attend(plan)
-        took = film(model, step, chosen.steps)
+        _, took = timing.clocked(lambda: film(model, step, chosen.steps), where)
         whole = baseline and (f"{chosen.steps} x {baseline[0]}", chosen.steps * baseline[1])
         run = f"{chosen.bits.upper()} {chosen.method} density {densities[0]}, first {chosen.warmup:.0%} dense"
         yield report.row(f"{case} {run}", f"{chosen.steps} steps", took, "s", "lower", samples=1, baseline=whole)
 
 
-def film(model: VideoModel, step: Callable[[], Tensor], steps: int) -> float:
-    """Seconds of so many steps, one after another, the plan's dense ones among them."""
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def film(model: VideoModel, step: Callable[[], Tensor], steps: int) -> None:
+    """So many steps, one after another, the plan's dense ones among them."""
     model.attention.start(steps)
-    before.record()
     for number in range(steps):
         model.attention.at(number)
         step()
-    after.record()
-    torch.cuda.synchronize()
-    return before.elapsed_time(after) / 1e3
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def profile(step: Callable[[], Tensor], path: Path) -> None:
@@ -238,16 +225,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     chosen = parser.parse_args()
 
-    def told() -> Iterator[dict[str, Any]]:
-        for found in rows(chosen.name, chosen):
-            what = f"{found['value']:8.3f} {found['unit']}  {found['baseline'] or ''}  {found['error'] or ''}"
-            print(f"{found['case']:64} {what}", flush=True)
-            yield found
-
     command = ["python", "-m", "models.step_bench", *sys.argv[1:]]
     path = chosen.out / f"{'film' if chosen.steps else 'step'}-{chosen.name}.jsonl"
     with torch.inference_mode():
-        report.write(path, "step", told(), command, torch.device(chosen.device))
+        report.write(path, "step", timing.told(rows(chosen.name, chosen)), command, torch.device(chosen.device))
     print(path)
 
 
