@@ -78,6 +78,7 @@ class AttentionCall:
     step: int  # of the generation, from 0
     steps: int
     layout: TokenLayout
+    refresh: bool = False  # runs dense, and what its choice of blocks loses is kept for the sparse steps behind it
 
 
 @dataclass(frozen=True)
