@@ -264,8 +264,7 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _cached(its: artifact.ResidualRecord) -> str:
-    order = "first order" if its.order == 1 else f"second order of rank {its.rank}"
-    said = f"refreshed after {its.interval} sparse steps, {order}, {its.bits} bits, on the {its.placed or its.place}"
+    said = f"{its.residual().words()}, {its.placed or its.place}"
     return said if its.bytes is None else f"{said}; {its.bytes:,} bytes for a film of the default size"
 
 
