@@ -58,8 +58,7 @@ def clocked(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
 def timed(call: Callable[[], T], rounds: int, device: torch.device) -> tuple[T, list[float]]:
     """What the last of `rounds` answered, and their seconds, after one that warms up. The peak begins anew."""
     answer = call()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    forget_peak(device)
     seconds = []
     for _ in range(rounds):
         del answer
@@ -77,9 +76,18 @@ def rows(
         case, metric, median(seconds), "s", "lower", samples=len(seconds), baseline=baseline,
         spread=quarters[2] - quarters[0], error=error,
     )  # fmt: skip
+    yield from peak(case, device)
+
+
+def peak(case: str, device: torch.device) -> Iterator[dict[str, Any]]:
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        yield report.row(case, "peak memory", peak, "GiB", "lower", samples=1)
+        most = torch.cuda.max_memory_allocated(device) / 2**30
+        yield report.row(case, "peak memory", most, "GiB", "lower", samples=1)
+
+
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -13,9 +13,16 @@ from torch.nn import functional as F
 
 from quant_runtime.kernels._cpu import cpu_has_bfloat16, cpu_int8_path
 from quant_runtime.kernels.attention_blocks import attention_blocks
-from quant_runtime.kernels.attention_fp8 import attention_fp8, has_fp8, takes
+from quant_runtime.kernels.attention_fp8 import (
+    attention_fp8,
+    attention_fp8_refresh,
+    has_fp8,
+    takes,
+    unpacked_residual,
+)
 from quant_runtime.kernels.pack_heads import Packed, pack_heads
 from quant_runtime.kernels.quantize_heads import key_center, quantize_heads
+from quant_runtime.residual import Place, Residual, ResidualCache, ResidualUse, used
 from quant_runtime.sparsity.base import LAYOUTS, AttentionCall, Blocks, Policy, TokenLayout, every_block
 from quant_runtime.sparsity.dense import Dense
 
@@ -30,6 +37,9 @@ class AttentionPlan:
 
     With `pv_bits` 8 the values, and what multiplies them, are FP8 (e4m3) wherever q and k have 8 bits, and blocks are
     128 tokens whatever the policy says.
+
+    With a `residual` what sparse attention loses is cached at refreshes and added in the steps between. A refresh runs
+    dense, with q, k and v of sparse calls: what it keeps is of one and the same rounded operands.
     """
 
     policy: Policy = field(default_factory=Dense)
@@ -38,6 +48,7 @@ class AttentionPlan:
     qk_bits: QkBits = 8  # of sparse calls
     dense_qk_bits: QkBits = 16  # of dense calls; 16 is torch's own scaled_dot_product_attention
     pv_bits: QkBits = 16
+    residual: Residual | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup <= 1:
@@ -45,14 +56,24 @@ class AttentionPlan:
         for name in ("qk_bits", "dense_qk_bits", "pv_bits"):
             if getattr(self, name) not in (8, 16):
                 raise ValueError(f"{name} is 8 or 16; got {name}={getattr(self, name)}")
+        if self.residual is not None and isinstance(self.policy, Dense):
+            raise ValueError(
+                "a residual is what sparse attention loses, and dense attention loses nothing: leave it out"
+            )
+
+    def warm(self, steps: int) -> int:
+        """How many of `steps`, from the first, run dense."""
+        return max(round(self.warmup * steps), 1) if self.warmup else 0  # a tenth of four steps is one of them
 
     def is_dense(self, call: AttentionCall) -> bool:
-        warm = max(round(self.warmup * call.steps), 1) if self.warmup else 0  # a tenth of four steps is one of them
-        return call.step < warm or call.layer in self.dense_layers
+        """Refreshes are, and of their schedule the last step too, behind which nothing is sparse."""
+        warm = self.warm(call.steps)
+        due = self.residual is not None and self.residual.due(call.step, warm)
+        return call.refresh or due or call.step < warm or call.layer in self.dense_layers
 
     def packed(self, call: AttentionCall, size: int, device: torch.device) -> bool:
         """Whether q, k and v of this call, heads of `size`, go as pack_heads makes them: in 8 bits, in their order."""
-        dense = self.is_dense(call) or isinstance(self.policy, Dense)
+        dense = (self.is_dense(call) and not call.refresh) or isinstance(self.policy, Dense)
         bits = self.dense_qk_bits if dense else self.qk_bits
         fits = takes(size) and has_fp8(device) and (dense or self.policy.order(call.layout) is None)
         return self.pv_bits == 8 and bits == 8 and fits
@@ -66,6 +87,7 @@ class Density:
     sparse: float | None  # mean over the calls that were not dense; None if all were
     networks: Mapping[str, float] = field(default_factory=dict)  # the effective one of each, where several take turns
     packed: float = 0.0  # the fraction of calls with values in FP8
+    residual: ResidualUse | None = None  # what was cached of what sparse calls lose
 
 
 class AttentionState:
@@ -77,21 +99,41 @@ class AttentionState:
 
     def __init__(self, plan: AttentionPlan) -> None:
         self.plan = plan
+        self._turn = _Turn()
         self.start(steps=1)
 
-    def start(self, steps: int) -> None:
-        """A new generation of this many steps: the record begins anew, at step 0."""
+    def start(self, steps: int, place: Place | None = None) -> None:
+        """A new generation of this many steps: the record begins anew, at step 0, and nothing is cached.
+
+        `place` is where the residual goes, where the plan leaves that open or not.
+        """
         if steps < 1:
             raise ValueError(f"a generation has at least one step; got {steps}")
-        self.steps, self.step = steps, 0
+        self.steps = steps
         self._kept: dict[int, list[Tensor]] = {}  # step → the density of each call, on the device until asked for
         self._sparse: list[Tensor] = []
         self._packed = 0  # calls
+        self.cache = None if self.plan.residual is None else ResidualCache(self.plan.residual, place)
+        self._turn.holder = None
+        self.at(0)
 
     def at(self, step: int) -> None:
         if not 0 <= step < self.steps:
             raise ValueError(f"this generation has steps 0 to {self.steps - 1}; got {step}")
         self.step = step
+        self._branches: dict[int, int] = {}  # layer → calls in this step
+        self._refreshes = self.cache is not None and self._is_refresh(self.cache)
+
+    def _is_refresh(self, cache: ResidualCache) -> bool:
+        """By the schedule; and where nothing is cached, as when a network has its first turn amid a generation."""
+        its, warm = cache.residual, self.plan.warm(self.steps)
+        missing = cache.empty and self.step >= warm and not its.due(self.step, warm)
+        return missing or its.refreshes(self.step, warm, self.steps)
+
+    def finish(self) -> None:
+        """Behind the last step: nothing stays cached. The record is still there to be asked."""
+        if self.cache is not None:
+            self.cache.clear()
 
     def record(self, blocks: Blocks | None, packed: bool = False) -> None:
         self._packed += packed
@@ -101,11 +143,41 @@ class AttentionState:
             self._sparse.append(density)
 
     def call(self, layer: int, layout: TokenLayout) -> AttentionCall:
-        return AttentionCall(layer, self.step, self.steps, layout)
+        refresh = self._refreshes and layer not in self.plan.dense_layers
+        return AttentionCall(layer, self.step, self.steps, layout, refresh)
+
+    def lose(self, call: AttentionCall, dense: Tensor, lost: Tensor) -> None:
+        """What a refresh of this call answers, and what its blocks lack of that: float [B, H, N, D]."""
+        assert self.cache is not None
+        self._turn.taken_by(self)
+        self.cache.keep(self._key(call), call.step, dense, lost)
+
+    def residual(self, call: AttentionCall) -> tuple[Tensor, Tensor | None] | tuple[None, None]:
+        """What is to be added to this call's sparse answer, and its scale, as attention_fp8 takes them."""
+        if self.cache is None:
+            return None, None
+        return self.cache.cached(self._key(call))
+
+    def _key(self, call: AttentionCall) -> tuple[int, int]:
+        branch = self._branches.get(call.layer, 0)
+        self._branches[call.layer] = branch + 1
+        return call.layer, branch
 
     def density(self) -> Density:
         """Of the calls since `start`. Refused before the first of them."""
-        return _density(self._kept, self._sparse, self._packed)
+        return replace(_density(self._kept, self._sparse, self._packed), residual=used([self.cache]))
+
+
+class _Turn:
+    """Of networks that take turns one at a time holds a cache."""
+
+    def __init__(self) -> None:
+        self.holder: AttentionState | None = None
+
+    def taken_by(self, state: AttentionState) -> None:
+        if self.holder is not None and self.holder is not state:
+            self.holder.finish()
+        self.holder = state
 
 
 class SharedState(AttentionState):
@@ -117,16 +189,22 @@ class SharedState(AttentionState):
     def __init__(self, states: Mapping[str, AttentionState]) -> None:
         self.states = states
         super().__init__(next(iter(states.values())).plan)
+        for state in states.values():
+            state._turn = self._turn
 
-    def start(self, steps: int) -> None:
-        super().start(steps)
+    def start(self, steps: int, place: Place | None = None) -> None:
+        super().start(steps, place)
         for state in self.states.values():
-            state.start(steps)
+            state.start(steps, place)
 
     def at(self, step: int) -> None:
         super().at(step)
         for state in self.states.values():
             state.at(step)
+
+    def finish(self) -> None:
+        for state in self.states.values():
+            state.finish()
 
     def density(self) -> Density:
         """Over all of them. A network that had no turn is not among `networks`."""
@@ -137,7 +215,7 @@ class SharedState(AttentionState):
         sparse = [density for state in self.states.values() for density in state._sparse]
         whole = _density(kept, sparse, sum(state._packed for state in self.states.values()))
         own = {name: state.density().effective for name, state in self.states.items() if state._kept}
-        return replace(whole, networks=own)
+        return replace(whole, networks=own, residual=used([state.cache for state in self.states.values()]))
 
 
 def _density(kept: Mapping[int, list[Tensor]], sparse: list[Tensor], packed: int) -> Density:
@@ -163,36 +241,53 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, 
     call, plan = state.call(layer, layout), state.plan
     if plan.packed(call, q.shape[3], q.device):
         return attend_packed(pack_heads(q, k, v, PACKED_BLOCK), call, state, v.dtype)
+    dense = plan.is_dense(call)
     order = None
     blocks = None
-    if not plan.is_dense(call):
+    if call.refresh or not dense:
         order = _order(plan.policy, layout, q.device)
         if order is not None:
             q, k, v = (x.index_select(2, order) for x in (q, k, v))
         blocks = plan.policy.blocks(q, k, call)
-    state.record(blocks)
+    state.record(None if dense else blocks)
 
+    if call.refresh:
+        out, sparse = _dense_and_sparse(q, k, v, blocks, plan.qk_bits)
+        lost = (out.float() - sparse.float()).to(out.dtype)
+        out, lost = _placed(out, order), _placed(lost, order)
+        state.lose(call, out, lost)
+        return out
     if blocks is None and plan.dense_qk_bits == 16:
         out = F.scaled_dot_product_attention(q, k, v)
     elif blocks is None:
-        out = _over_blocks(q, k, v, every_block(q, k, DENSE_BLOCK), plan.dense_qk_bits)
+        out = _over_blocks(q, k, v, [every_block(q, k, DENSE_BLOCK)], plan.dense_qk_bits)[0]
     else:
-        out = _over_blocks(q, k, v, blocks, plan.qk_bits)
-    return out if order is None else torch.empty_like(out).index_copy_(2, order, out)
+        out = _over_blocks(q, k, v, [blocks], plan.qk_bits)[0]
+    out = _placed(out, order)
+    residual, scale = (None, None) if dense else state.residual(call)
+    if residual is None or blocks is None:  # everything is kept: nothing is lost
+        return out
+    return (out.float() + unpacked_residual(residual, scale)).to(out.dtype)
 
 
 def attend_packed(packed: Packed, call: AttentionCall, state: AttentionState, out_dtype: torch.dtype) -> Tensor:
     """The same of operands that pack_heads has made in blocks of PACKED_BLOCK, where the plan has them `packed`."""
+    dense = state.plan.is_dense(call)
     blocks = None
-    if not state.plan.is_dense(call):
+    if call.refresh or not dense:
         blocks = state.plan.policy.blocks_by_means(packed.q_means, packed.k_means, call, PACKED_BLOCK)
-    state.record(blocks, packed=True)
-    if blocks is None:
-        blocks = every_block(packed.q, packed.q, PACKED_BLOCK)
-    operands = (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale)
-    return attention_fp8(
-        *operands, blocks.kept, blocks.counts, packed.q.shape[2], blocks.block_q, blocks.block_k, out_dtype
-    )
+    state.record(None if dense else blocks, packed=True)
+    residual, scale = (None, None) if dense else state.residual(call)
+    if blocks is None:  # everything is kept: nothing is lost
+        blocks, residual, scale = every_block(packed.q, packed.q, PACKED_BLOCK), None, None
+    kept = blocks.all_listed() if call.refresh else blocks.kept
+    operands = (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale, kept, blocks.counts)
+    rest = (packed.q.shape[2], blocks.block_q, blocks.block_k, out_dtype)
+    if call.refresh:
+        out, lost = attention_fp8_refresh(*operands, *rest)
+        state.lose(call, out, lost)
+        return out
+    return attention_fp8(*operands, *rest, residual=residual, residual_scale=scale)
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
@@ -201,14 +296,30 @@ def _order(policy: Policy, layout: TokenLayout, device: torch.device) -> Tensor 
     return None if order is None else order.to(device)
 
 
-def _over_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, qk_bits: QkBits) -> Tensor:
-    lists = (blocks.kept, blocks.counts, blocks.block_q, blocks.block_k)
+def _placed(x: Tensor, order: Tensor | None) -> Tensor:
+    """[B, H, N, D] that lies in `order`, each token where it belongs."""
+    return x if order is None else torch.empty_like(x).index_copy_(2, order, x)
+
+
+def _dense_and_sparse(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, qk_bits: QkBits) -> tuple[Tensor, Tensor]:
+    """Of the same operands, rounded once. The sparse one is the dense one where no blocks are named."""
     if qk_bits == 16:
-        return attention_blocks(q, k, v, *lists)
+        dense = F.scaled_dot_product_attention(q, k, v)
+        return dense, dense if blocks is None else _over_blocks(q, k, v, [blocks], qk_bits)[0]
+    lists = [every_block(q, k, DENSE_BLOCK)] + ([] if blocks is None else [blocks])
+    both = _over_blocks(q, k, v, lists, qk_bits)
+    return both[0], both[-1]
+
+
+def _over_blocks(q: Tensor, k: Tensor, v: Tensor, lists: Sequence[Blocks], qk_bits: QkBits) -> list[Tensor]:
+    """One answer for each of the lists."""
+    blocks = [(its.kept, its.counts, its.block_q, its.block_k) for its in lists]
+    if qk_bits == 16:
+        return [attention_blocks(q, k, v, *its) for its in blocks]
     whole_q, q_scale = quantize_heads(q)
     whole_k, k_scale = quantize_heads(k, key_center(k))
     values = v.to(_value_dtype(v))
-    return attention_blocks(whole_q, whole_k, values, *lists, q_scale, k_scale).to(v.dtype)
+    return [attention_blocks(whole_q, whole_k, values, *its, q_scale, k_scale).to(v.dtype) for its in blocks]
 
 
 def _value_dtype(v: Tensor) -> torch.dtype:

@@ -6,6 +6,12 @@ v       float8_e4m3fn [B, H, D, P], its keys in the order of `slots`          v_
 kept    int32 [B, H, ceil(N / block_q), L], counts  int32 [B, H, ceil(N / block_q)]: as attention_blocks takes them
 keys    how many of the P keys there are; P is the next multiple of block_k, and what lies beyond `keys` is zeros
 out     bfloat16, float16 or float32 [B, H, N, D], laid out in memory as [B, N, H, D]
+residual        None, or what is added to the answer before it is rounded: [B, H, N, D] laid out as `out` is, in
+                float32, bfloat16 or float16, or int8 with residual_scale float32 [B, H, N]
+
+attention_fp8_refresh takes lists of all key blocks, first those that are kept, `counts` of them, then the others, both
+ascending. It answers in one pass what is lost by keeping only the first: (dense, lost), both as `out`, where lost =
+dense - sparse, formed in float32 and zeros where nothing is left out.
 
 pack_heads makes the operands. scores = softmax_scale * q @ k.T, exact sums times both scales; softmax over the kept
 keys in float32; P in e4m3, as 256 times itself; sums over a block of keys in the matrix unit, over blocks in float32. D
@@ -20,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, library
@@ -50,7 +57,56 @@ def attention_fp8(
     block_k: int = 128,
     out_dtype: torch.dtype = torch.bfloat16,
     softmax_scale: float | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
 ) -> Tensor:
+    _check(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype)
+    _check_residual(q, residual, residual_scale)
+    scale = softmax_scale if softmax_scale is not None else q.shape[3] ** -0.5
+    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, scale)
+    out: Tensor = _op(*operands, residual, residual_scale)
+    return out
+
+
+def attention_fp8_refresh(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int = 128,
+    block_k: int = 128,
+    out_dtype: torch.dtype = torch.bfloat16,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype)
+    if kept.shape[3] != -(-keys // block_k):
+        found = f"lists of {kept.shape[3]}"
+        raise ValueError(f"attention_fp8_refresh takes lists of all {-(-keys // block_k)} blocks of keys; got {found}")
+    scale = softmax_scale if softmax_scale is not None else q.shape[3] ** -0.5
+    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, scale)
+    dense, lost = _refresh_op(*operands)
+    return dense, lost
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+) -> None:
     batch, heads, tokens, size = q.shape
     if block_q not in BLOCKS_Q or block_k not in BLOCKS_K or not takes(size):
         found = f"block_q={block_q}, block_k={block_k}, D={size}"
@@ -74,9 +130,19 @@ def attention_fp8(
             raise ValueError(f"attention_fp8 takes {name} as {dtype} {list(shape)}; got {found}")
     if out_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"attention_fp8 answers in bfloat16, float16 or float32; got out_dtype={out_dtype}")
-    scale = softmax_scale if softmax_scale is not None else size**-0.5
-    out: Tensor = _op(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, scale)
-    return out
+
+
+def _check_residual(q: Tensor, residual: Tensor | None, residual_scale: Tensor | None) -> None:
+    whole = residual is not None and residual.dtype == torch.int8
+    if whole != (residual_scale is not None):
+        found = "none" if residual is None else residual.dtype
+        raise ValueError(f"attention_fp8 takes residual_scale with an int8 residual, and only then; it is {found}")
+    if residual is not None and (residual.shape != q.shape or not (whole or residual.is_floating_point())):
+        found = f"{residual.dtype} {list(residual.shape)}"
+        raise ValueError(f"attention_fp8 takes residual as int8 or float {list(q.shape)}; got {found}")
+    if residual_scale is not None and (residual_scale.shape, residual_scale.dtype) != (q.shape[:3], torch.float32):
+        found = f"{residual_scale.dtype} {list(residual_scale.shape)}"
+        raise ValueError(f"attention_fp8 takes residual_scale as float32 {list(q.shape[:3])}; got {found}")
 
 
 def takes(size: int) -> bool:
@@ -115,11 +181,38 @@ def reference(
     block_k: int,
     out_dtype: torch.dtype,
     softmax_scale: float,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
 ) -> Tensor:
     """P is not rounded here: its rounding is the kernel's error."""
-    values = unpacked_values(v, v_scale, keys).to(out_dtype)
+    values = unpacked_values(v, v_scale, keys)
     rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
-    return attention_blocks.reference(q, k[:, :, :keys], values, *rest)
+    out = attention_blocks.reference(q, k[:, :, :keys], values, *rest)
+    return (out if residual is None else out + unpacked_residual(residual, residual_scale)).to(out_dtype)
+
+
+def refresh_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _both(attention_blocks.reference, q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k,
+                 out_dtype, softmax_scale)  # fmt: skip
+
+
+def unpacked_residual(residual: Tensor, scale: Tensor | None) -> Tensor:
+    """float32, in the same place: what both stand for."""
+    return residual.float() if scale is None else residual * scale[..., None]
 
 
 def on_cpu(
@@ -136,10 +229,58 @@ def on_cpu(
     block_k: int,
     out_dtype: torch.dtype,
     softmax_scale: float,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
 ) -> Tensor:
-    values = unpacked_values(v, v_scale, keys).to(out_dtype)
+    values = unpacked_values(v, v_scale, keys).to(out_dtype if residual is None else torch.float32)
     rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
-    return attention_blocks.on_cpu(q, k[:, :, :keys], values, *rest)
+    out = attention_blocks.on_cpu(q, k[:, :, :keys], values, *rest)
+    return out if residual is None else out.add_(unpacked_residual(residual, residual_scale)).to(out_dtype)
+
+
+def refresh_on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _both(attention_blocks.on_cpu, q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k,
+                 out_dtype, softmax_scale)  # fmt: skip
+
+
+def _both(
+    attention: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Dense, and what it is more than the first `counts` of each list, by a version of attention_blocks."""
+    operands = (q, k[:, :, :keys], unpacked_values(v, v_scale, keys))
+    rest = (block_q, block_k, q_scale, k_scale, softmax_scale)
+    every = torch.arange(kept.shape[3], dtype=torch.int32, device=kept.device).expand(kept.shape)
+    dense = attention(*operands, every, torch.full_like(counts, kept.shape[3]), *rest)
+    lost = dense - attention(*operands, kept, counts, *rest)
+    whole = (counts == kept.shape[3]).repeat_interleave(block_q, dim=2)[:, :, : q.shape[2], None]
+    return dense.to(out_dtype), lost.masked_fill_(whole, 0.0).to(out_dtype)
 
 
 @jit
@@ -153,6 +294,9 @@ def _kernel(
     kept,
     counts,
     out,
+    lost,
+    residual,
+    residual_scale,
     H,
     N,
     M,
@@ -170,8 +314,14 @@ def _kernel(
     DP: tl.constexpr,
     SHARE: tl.constexpr,
     P_BITS: tl.constexpr,
+    REFRESH: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
-    """k and v are descriptors of [B * H * P, D] and [B * H * D, P]. SHARE: how many programs follow one list."""
+    """k and v are descriptors of [B * H * P, D] and [B * H * D, P]. SHARE: how many programs follow one list.
+
+    REFRESH goes on to the blocks that are not kept, and writes `lost`. ADDS: 0 for no residual, 1 for one of floats, 2
+    for one in int8.
+    """
     program, head = tl.program_id(0), tl.program_id(1)
     b, h = head // H, head % H
     n, d = program * BQ + tl.arange(0, BQ), tl.arange(0, DP)
@@ -199,10 +349,42 @@ def _kernel(
             mine, k, v, scales, row_scale, last, head, P, M, most, total, found, True, BQ, BK, D, P_BITS
         )
 
-    found *= tl.load(v_scale + head * D + d, mask=d < D, other=0.0)[None, :]
-    found /= tl.where(count > 0, total, 1.0)[:, None]
-    at = out + ((b64 * N + n)[:, None] * H + h) * D + d[None, :]
-    tl.store(at, found.to(out.dtype.element_ty), mask=(n < N)[:, None] & in_d)
+    v_scales = tl.load(v_scale + head * D + d, mask=d < D, other=0.0)[None, :]
+    where = ((b64 * N + n)[:, None] * H + h) * D + d[None, :]
+    inside = (n < N)[:, None] & in_d
+    if REFRESH:
+        # The sparse answer waits in the two answers' own memory, as two 16-bit halves of itself: registers are full.
+        sparse = found * v_scales / tl.where(count > 0, total, 1.0)[:, None]
+        upper = sparse.to(out.dtype.element_ty)
+        tl.store(lost + where, upper, mask=inside)
+        tl.store(out + where, (sparse - upper.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
+        blocks = P // BK
+        left = tl.where((ragged == 0) & (count < blocks) & (P > M), 1, 0)  # the keys' last block, if it was not kept
+        for index in tl.range(count, blocks - left):
+            j = tl.load(list_ + index)
+            most, total, found = _visit(
+                mine, k, v, scales, row_scale, j, head, P, M, most, total, found, False, BQ, BK, D, P_BITS
+            )
+        if left > 0:
+            most, total, found = _visit(
+                mine, k, v, scales, row_scale, blocks - 1, head, P, M, most, total, found, True, BQ, BK, D, P_BITS
+            )
+        found = found * v_scales / total[:, None]
+        tl.debug_barrier()  # another thread may read what this one has written
+        sparse = tl.load(lost + where, mask=inside, other=0.0).to(tl.float32)
+        sparse += tl.load(out + where, mask=inside, other=0.0).to(tl.float32)
+        tl.debug_barrier()
+        gone = tl.where(count < blocks, found - sparse, 0.0)
+        tl.store(lost + where, gone.to(out.dtype.element_ty), mask=inside)
+    else:
+        found *= v_scales
+        found /= tl.where(count > 0, total, 1.0)[:, None]
+    if ADDS > 0:
+        more = tl.load(residual + where, mask=inside, other=0).to(tl.float32)
+        if ADDS > 1:
+            more *= tl.load(residual_scale + head.to(tl.int64) * N + n, mask=n < N, other=0.0)[:, None]
+        found += more
+    tl.store(out + where, found.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -262,10 +444,56 @@ def launch(
     block_k: int,
     out_dtype: torch.dtype,
     softmax_scale: float,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
 ) -> Tensor:
+    out = _answer(q, out_dtype)
+    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, softmax_scale)
+    _launch(*operands, out, None, residual, residual_scale)
+    return out
+
+
+def refresh_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    dense, lost = _answer(q, out_dtype), _answer(q, out_dtype)
+    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, softmax_scale)
+    _launch(*operands, dense, lost, None, None)
+    return dense, lost
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    softmax_scale: float,
+    out: Tensor,
+    lost: Tensor | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+) -> None:
     batch, heads, tokens, size = q.shape
     padded, tile = k.shape[2], 64
-    out = torch.empty(batch, tokens, heads, size, dtype=out_dtype, device=q.device).transpose(1, 2)
     q, k, v, q_scale, k_scale, v_scale = (t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale))
     kept = kept if kept.stride(3) == 1 else kept.contiguous()
     wide = triton.next_power_of_2(size)
@@ -281,6 +509,9 @@ def launch(
         kept,
         counts,
         out,
+        lost,
+        None if residual is None else residual.transpose(1, 2).contiguous(),  # a copy where it is laid out otherwise
+        None if residual_scale is None else residual_scale.contiguous(),
         heads,
         tokens,
         keys,
@@ -294,10 +525,16 @@ def launch(
         DP=wide,
         SHARE=block_q // tile,
         P_BITS=P_BITS,
+        REFRESH=lost is not None,
+        ADDS=0 if residual is None else 1 if residual_scale is None else 2,
         num_warps=4,
         num_stages=2,
     )
-    return out
+
+
+def _answer(q: Tensor, dtype: torch.dtype) -> Tensor:
+    batch, heads, tokens, size = q.shape
+    return torch.empty(batch, tokens, heads, size, dtype=dtype, device=q.device).transpose(1, 2)
 
 
 @functools.cache
@@ -307,13 +544,20 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def _fake(q: Tensor, *args: object) -> Tensor:
-    batch, heads, tokens, size = q.shape
     dtype = args[10]
     assert isinstance(dtype, torch.dtype)
-    return torch.empty(batch, tokens, heads, size, dtype=dtype, device=q.device).transpose(1, 2)
+    return _answer(q, dtype)
+
+
+def _fake_refresh(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return _fake(q, *args), _fake(q, *args)
 
 
 _op = library.custom_op("quant_runtime::attention_fp8", reference, mutates_args=())
 _op.register_kernel("cpu", on_cpu)
 _op.register_kernel("cuda", launch)
 _op.register_fake(_fake)
+_refresh_op = library.custom_op("quant_runtime::attention_fp8_refresh", refresh_reference, mutates_args=())
+_refresh_op.register_kernel("cpu", refresh_on_cpu)
+_refresh_op.register_kernel("cuda", refresh_launch)
+_refresh_op.register_fake(_fake_refresh)

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quant_runtime.kernels.attention_blocks import key_mask
+
 LAYOUTS = 32  # for so many layouts of late, what follows from them is kept: a service sees a few sizes again and again
 
 
@@ -78,6 +80,7 @@ class AttentionCall:
     step: int  # of the generation, from 0
     steps: int
     layout: TokenLayout
+    refresh: bool = False  # runs dense, and what its choice of blocks loses is kept for the sparse steps behind it
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,14 @@ class Blocks:
     def density(self) -> Tensor:
         """The kept fraction of key blocks, mean over batch, heads and rows: a scalar on the device, not read back."""
         return self.counts.sum() / (self.counts.numel() * self.keys)
+
+    def all_listed(self) -> Tensor:
+        """int32 [B, H, rows, keys]: of each row first what is kept, then the other blocks, both ascending."""
+        kept = key_mask(self.kept, self.counts, self.keys)
+        behind = self.counts[..., None] + (~kept).cumsum(dim=3) - 1
+        place = torch.where(kept, kept.cumsum(dim=3) - 1, behind)
+        every = torch.arange(self.keys, dtype=torch.int32, device=kept.device).expand(kept.shape)
+        return torch.empty(kept.shape, dtype=torch.int32, device=kept.device).scatter_(3, place, every)
 
 
 class Policy(Hashable, Protocol):

@@ -31,8 +31,9 @@ W8A8 = 0.1  # what rounding a small random network to 8 bits does to its answer 
 
 def chosen(**change):
     usual = {
-        "size": "96x64", "frames": 9, "method": "rtn", "bits": "w8a8", "densities": "0.5", "rounds": 1, "device": "cpu",
-        "steps": 2, "warmup": 0.5, "no_dense": False, "no_baseline": False, "no_compile": True, "profile": None,
+        "size": "192x128", "frames": 17, "method": "rtn", "bits": "w8a8", "densities": "0.5", "rounds": 1,
+        "device": "cpu", "steps": 2, "warmup": 0.5, "no_dense": False, "no_baseline": False, "no_compile": True, "profile": None,
+        "refresh": 0, "residual_order": 2, "residual_rank": 4, "residual_bits": 8, "residual_place": "device",
     }  # fmt: skip
     return Namespace(**usual | change)
 
@@ -42,17 +43,31 @@ def test_a_step_is_measured_beside_bfloat16_and_answers_the_same(name, monkeypat
     monkeypatch.setitem(step_bench.PUBLISHED, name, replace(PUBLISHED[name], config=SMALL[name]))
     with torch.inference_mode():
         rows = [*step_bench.rows(name, chosen())]
-    assert [(row["case"].removeprefix(f"{name} 96x64x9 "), row["metric"]) for row in rows] == [
+    assert [(row["case"].removeprefix(f"{name} 192x128x17 "), row["metric"]) for row in rows] == [
         ("bfloat16 cuDNN", "step"),
         ("W8A8 rtn dense", "step"),
         ("W8A8 rtn density 0.5", "step"),
         ("W8A8 rtn density 0.5, first 50% dense", "2 steps"),
     ]
-    assert [row["error"] is None for row in rows] == [True, False, False, True]
+    assert rows[0]["error"] is None
     assert 0 < rows[1]["error"] < W8A8
+    assert 0 < rows[2]["error"] < 2 * W8A8
+    assert 0.7 < rows[3]["error"]["effective_density"] < 0.9, "one step of two is dense"
     assert [row["baseline"] and row["baseline"]["name"] for row in rows] == [
         None, "bfloat16 cuDNN", "bfloat16 cuDNN", "2 x bfloat16 cuDNN",
     ]  # fmt: skip
+
+
+def test_a_whole_run_with_refreshes_says_what_its_residual_takes(monkeypatch):
+    monkeypatch.setitem(
+        step_bench.PUBLISHED, "wan-2.1-1.3b", replace(PUBLISHED["wan-2.1-1.3b"], config=SMALL["wan-2.1-1.3b"])
+    )
+    with torch.inference_mode():
+        rows = [
+            *step_bench.rows("wan-2.1-1.3b", chosen(steps=4, warmup=0.25, refresh=1, no_baseline=True, no_dense=True))
+        ]
+    assert [row["metric"] for row in rows] == ["step", "4 steps", "residual"]
+    assert rows[2]["value"] > 0
 
 
 def test_cogvideox_is_given_the_tokens_that_its_default_film_has():

@@ -5,12 +5,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quant_runtime.kernels import attention_fp8 as op
 from quant_runtime.kernels.pack_heads import pack_heads
-from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, lists
+from tests.quant_runtime.kernels.inputs import FP16_ROUNDING, FP32_ROUNDING, lists
 from tests.support import relative_error
 
 P_ROUNDED = 0.04  # e4m3 has 3 bits behind the first: P is off by 2**-4 of itself at most, and random values add few up
 INTERPRETED = 0.1  # Triton's interpreter rounds up to a power of two as down to half of it: one in 64 is half itself
 FP8 = 0.05  # P and V in e4m3, q and k in int8, where an answer is the mean of some hundred values that cancel
+HALVES = 1e-5  # a float32 as two float16 has 22 bits; beside it, its sums were in another order
 SHAPES = [
     (1, 2, 200, 64, 64),
     (2, 1, 300, 32, 128),
@@ -34,11 +35,37 @@ def qkv(batch, heads, tokens, size, device):
 
 
 def arguments(shape, device, out_dtype=torch.float32):
+    """Of the op without a residual."""
+    return *refresh_arguments(shape, device, out_dtype), None, None
+
+
+def refresh_arguments(shape, device, out_dtype=torch.float32):
+    """Lists of all blocks, those that are kept in front: of row 0 all, of row 1 none, of others some."""
     batch, heads, tokens, size, block = shape
     packed = pack_heads(*qkv(batch, heads, tokens, size, device), block)
     rows = -(-tokens // block)
     operands = (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale)
-    return *operands, *lists(batch, heads, rows, rows, device), tokens, block, block, out_dtype, size**-0.5
+    kept, counts = lists(batch, heads, rows, rows, device)
+    every = torch.arange(rows, device=device)
+    first = torch.arange(rows, device=device) < counts[..., None]
+    missing = [
+        [block for block in every.tolist() if block not in one[mine].tolist()]
+        for one, mine in zip(kept.flatten(0, 2), first.flatten(0, 2), strict=True)
+    ]
+    for one, mine, rest in zip(kept.flatten(0, 2), first.flatten(0, 2), missing, strict=True):
+        one[~mine] = torch.tensor(rest, dtype=torch.int32, device=device)
+    return *operands, kept, counts, tokens, block, block, out_dtype, size**-0.5
+
+
+def residual(shape, device, dtype):
+    """(residual, residual_scale) as the op takes them; one channel in 64 is 10 times as large."""
+    batch, heads, tokens, size, _ = shape
+    x = torch.randn(batch, tokens, heads, size, device=device).transpose(1, 2)
+    x[..., ::64] *= 10
+    if dtype != torch.int8:
+        return x.to(dtype), None
+    scale = x.abs().amax(dim=3) / 127
+    return (x / scale[..., None]).round().to(torch.int8), scale
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -55,6 +82,49 @@ def test_triton_agrees_with_the_reference(shape, out_dtype, device):
     assert relative_error(op.launch(*args), op.reference(*args)) < limit(device)
 
 
+@pytest.mark.parametrize("version", [op.reference, op.on_cpu, op.launch])
+@pytest.mark.parametrize("shape", SHAPES[:4])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32, torch.float16])
+def test_a_residual_is_added_before_the_answer_is_rounded(version, shape, dtype, device):
+    if version is op.on_cpu and device != "cpu":
+        pytest.skip("the CPU version runs on CPU tensors")
+    args, its = refresh_arguments(shape, device), residual(shape, device, dtype)
+    want = version(*args, None, None) + op.unpacked_residual(*its)
+    assert relative_error(version(*args, *its), want) < FP32_ROUNDING
+    assert relative_error(version(*args, *its), op.reference(*args, *its)) < limit(device)
+    half = list(args)
+    half[11] = torch.float16
+    assert relative_error(version(*half, *its), want) < FP16_ROUNDING
+
+
+@pytest.mark.parametrize("version", [op.refresh_on_cpu, op.refresh_launch])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_a_refresh_answers_dense_attention_and_what_the_kept_blocks_lack_of_it(version, shape, device):
+    if version is op.refresh_on_cpu and device != "cpu":
+        pytest.skip("the CPU version runs on CPU tensors")
+    args = refresh_arguments(shape, device)
+    dense, lost = version(*args)
+    plain = op.on_cpu if version is op.refresh_on_cpu else op.launch
+    blocks, counts = args[6].shape[3], args[7]
+    every = torch.arange(blocks, dtype=torch.int32, device=device).expand(args[6].shape)
+    whole = (*args[:6], every, torch.full_like(counts, blocks), *args[8:], None, None)
+    sparse = plain(*args, None, None)
+    limits = (FP32_ROUNDING, FP32_ROUNDING) if plain is op.on_cpu else (limit(device), HALVES)
+    assert relative_error(dense, plain(*whole)) < limits[0], "P is rounded against the largest score so far: an order"
+    assert relative_error(dense - lost, sparse) < limits[1]
+    for got, want in zip((dense, lost), op.refresh_reference(*args), strict=True):
+        assert relative_error(got, want) < (FP32_ROUNDING if plain is op.on_cpu else 2 * limit(device))
+
+
+@pytest.mark.parametrize("version", [op.refresh_on_cpu, op.refresh_launch, op.refresh_reference])
+def test_nothing_is_lost_where_nothing_is_left_out(version, device):
+    if version is op.refresh_on_cpu and device != "cpu":
+        pytest.skip("the CPU version runs on CPU tensors")
+    _, lost = version(*refresh_arguments(SHAPES[0], device, torch.float16))
+    assert not lost[:, :, :64].any(), "row 0 of the lists keeps every block"
+    assert lost[:, :, 64:].any()
+
+
 @pytest.mark.parametrize("version", [op.on_cpu, op.launch])
 def test_all_blocks_kept_is_dense_attention(version, device):
     if version is op.on_cpu and device != "cpu":
@@ -64,7 +134,7 @@ def test_all_blocks_kept_is_dense_attention(version, device):
     kept = torch.arange(4, dtype=torch.int32, device=device).expand(2, 2, 4, 4)  # one list for all rows
     counts = torch.full((2, 2, 4), 4, dtype=torch.int32, device=device)
     operands = (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale)
-    got = version(*operands, kept, counts, 200, 64, 64, torch.float32, 64**-0.5)
+    got = version(*operands, kept, counts, 200, 64, 64, torch.float32, 64**-0.5, None, None)
     want = scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert relative_error(got, want) < (INTERPRETED if version is op.launch and device == "cpu" else FP8)
 
@@ -96,7 +166,8 @@ def test_slots_hold_every_key_once():
 
 
 def test_heads_merge_without_a_copy(device):
-    assert op._op(*arguments(SHAPES[0], device)).transpose(1, 2).is_contiguous()
+    for out in (op._op(*arguments(SHAPES[0], device)), *op._refresh_op(*refresh_arguments(SHAPES[0], device))):
+        assert out.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +179,9 @@ def test_heads_merge_without_a_copy(device):
         ({"v": torch.zeros(1, 2, 64, 256)}, "v as torch.float8_e4m3fn"),
         ({"counts": torch.zeros(1, 2, 3, dtype=torch.int32)}, r"counts as torch.int32 \[1, 2, 4\]"),
         ({"out_dtype": torch.float64}, "out_dtype=torch.float64"),
+        ({"residual": torch.zeros(1, 2, 64, 200)}, r"residual as int8 or float \[1, 2, 200, 64\]"),
+        ({"residual": torch.zeros(1, 2, 200, 64, dtype=torch.int8)}, "residual_scale with an int8 residual"),
+        ({"residual_scale": torch.ones(1, 2, 200)}, "and only then; it is none"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused_by_name(change, named):
@@ -130,6 +204,15 @@ def test_operands_that_do_not_fit_are_refused_by_name(change, named):
         op.attention_fp8(**args | change)
 
 
-def test_torch_accepts_the_op(device):
+def test_a_refresh_refuses_lists_of_some_blocks():
+    args = list(refresh_arguments(SHAPES[0], "cpu"))
+    args[6] = args[6][..., :3]
+    with pytest.raises(ValueError, match="lists of all 4 blocks of keys; got lists of 3"):
+        op.attention_fp8_refresh(*args)
+
+
+def test_torch_accepts_the_ops(device):
     checks = ("test_autograd_registration", "test_faketensor")  # the others multiply what they are given, FP8 too
     library.opcheck(torch.ops.quant_runtime.attention_fp8.default, arguments(SHAPES[3], device), test_utils=checks)
+    refresh = torch.ops.quant_runtime.attention_fp8_refresh.default
+    library.opcheck(refresh, refresh_arguments(SHAPES[3], device), test_utils=checks)

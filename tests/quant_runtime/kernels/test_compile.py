@@ -95,7 +95,11 @@ def launches() -> Iterator[Callable[[], object]]:
         kept, counts = block_map.reference(x, x, 1, block, block, None, None)
         q, q_scale, k, k_scale, v, v_scale = operands
         rest = (kept, counts, 200, block, block, torch.bfloat16, 0.1)
-        yield lambda given=(q, k, v, q_scale, k_scale, v_scale, *rest): attention_fp8.launch(*given)
+        given = (q, k, v, q_scale, k_scale, v_scale, *rest)
+        yield lambda given=given: attention_fp8.launch(*given, None, None)
+        yield lambda given=given, x=x: attention_fp8.launch(*given, x, None)
+        yield lambda given=given, x=x: attention_fp8.launch(*given, x.to(torch.int8), torch.ones(1, 2, 200))
+        yield lambda given=given: attention_fp8.refresh_launch(*given)
 
 
 class Recorder:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from quant_runtime.sparsity.base import TokenLayout, blocks_with, every_block, first_frame, placeless
+from quant_runtime.sparsity.base import Blocks, TokenLayout, blocks_with, every_block, first_frame, placeless
 
 
 def test_a_layout_counts_its_tokens():
@@ -35,6 +35,14 @@ def test_every_block_is_dense(device):
     assert blocks.kept.shape == (2, 3, 5, 3)
     assert blocks.kept[1, 2, 4].tolist() == [0, 1, 2]
     assert float(blocks.density()) == 1.0
+
+
+def test_all_blocks_are_listed_those_that_are_kept_first(device):
+    kept = torch.tensor([[1, 3, 0], [0, 9, 9], [2, 0, 1]], dtype=torch.int32, device=device)  # 9 is behind the count
+    counts = torch.tensor([2, 1, 0], dtype=torch.int32, device=device)
+    listed = Blocks(kept.expand(2, 3, 3, 3), counts.expand(2, 3, 3), 16, 16, keys=4).all_listed()
+    assert listed.dtype == torch.int32
+    assert listed[1, 2].tolist() == [[1, 3, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("wrong", [(0, 1, 1), (1, 1, 1, -1)])

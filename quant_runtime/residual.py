@@ -1,0 +1,410 @@
+"""What sparse attention loses, kept from one dense step to the next: QuantSparse's SSAR (arXiv:2509.23681, 3.3).
+
+At a *refresh* a layer's attention runs dense, and what its kept blocks lack of that, Delta = dense - sparse, is formed
+of the same quantized q, k and v. The sparse steps behind it add what was cached to their answers (equations 14, 16):
+
+    order 1    Delta at the last refresh, as DiTFastAttn (arXiv:2406.08552) caches it
+    order 2    Delta + its best approximation of `rank`, head by head, of Delta - Delta at the refresh before
+
+The approximation is the truncated SVD D V V^T of the difference D, float [tokens, head size]: V are the leading
+eigenvectors of its Gram matrix D^T D. C = Delta + D V V^T is kept as it is added, and D V and V beside it, so that the
+next refresh has Delta back as C - (D V) V^T without a second tensor of that size. Where D is not smaller than Delta, a
+call's cache is of the first order: the difference predicts nothing there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Place = Literal["device", "host"]
+Key = tuple[int, int]  # layer and branch: the n-th call of a layer within a step is branch n
+AT_ONCE = 1 << 26  # floats of a tensor that a refresh works on at a time: some heads of one layer
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How what is lost is cached. `interval` sparse steps follow a refresh: of `interval` + 1 steps one is dense."""
+
+    interval: int = 5
+    order: Literal[1, 2] = 2
+    rank: int = 16  # of the second order; that of the heads' size leaves nothing out
+    bits: Literal[8, 16] = 8  # int8, a scale for each token and head; 16: as values come, 32 bits where those have 32
+    place: Literal["device", "host", "auto"] = "device"  # host: pinned memory; auto: where the device has no room
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"a residual's {name} is at least 1; got {getattr(self, name)}")
+        for name, known in (("order", (1, 2)), ("bits", (8, 16)), ("place", ("device", "host", "auto"))):
+            if getattr(self, name) not in known:
+                told = ", ".join(map(str, known))
+                raise ValueError(f"a residual's {name} is one of {told}; got {getattr(self, name)}")
+
+    def words(self) -> str:
+        order = "first order" if self.order == 1 else f"second order of rank {self.rank}"
+        return f"refreshed after {self.interval} sparse steps, {order}, {self.bits} bits"
+
+    def due(self, step: int, warm: int) -> bool:
+        """Whether the step is a refresh of the schedule: the last of `warm` dense ones, or the first of all, and on."""
+        return step >= _first(warm) and (step - _first(warm)) % (self.interval + 1) == 0
+
+    def refreshes(self, step: int, warm: int, steps: int) -> bool:
+        """Whether what it loses is kept: it is due, or the warm step before the first that is; and sparse ones follow.
+
+        The two last warm steps give the first sparse ones their second order.
+        """
+        before = self.order == 2 and warm >= 2 and step == warm - 2
+        return (before or self.due(step, warm)) and max(step, _first(warm)) < steps - 1
+
+    def bytes(self, tokens: int, heads: int, size: int, value_bytes: int) -> int:
+        """Of the cache of one layer's attention, for each sequence of its batch and each branch."""
+        width = size + (min(self.rank, size) if self.order == 2 else 0)
+        parts = 1 + (self.order == 2)
+        a_token = width + 4 * parts if self.bits == 8 else width * value_bytes
+        across = 4 * size * min(self.rank, size) if self.order == 2 else 0
+        return heads * (tokens * a_token + across)
+
+
+def _first(warm: int) -> int:
+    return max(warm - 1, 0)
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """One step that was one: norms, relative to the dense answer's, over all its calls."""
+
+    step: int
+    first: float  # of Delta
+    second: float | None  # of its difference to the last refresh; None where there was none before, or the order is 1
+    fell_back: int = 0  # calls of the second order whose difference was not smaller
+
+
+@dataclass(frozen=True)
+class ResidualUse:
+    """What a generation's caches were."""
+
+    refreshes: tuple[Refresh, ...]
+    bytes: int  # at most, of all of them together
+    place: Place
+
+
+class ResidualCache:
+    """What was lost in each layer and branch at the last refresh. `place` is where it lies on a GPU.
+
+    On a CPU there is one memory, and `host` is the same as `device`.
+    """
+
+    def __init__(self, residual: Residual, place: Place | None = None) -> None:
+        self.residual = residual
+        self.place: Place = place or ("host" if residual.place == "host" else "device")
+        self.bytes = 0  # at most, since it was made
+        self._home: _Home | None = None
+        self.norms: list[tuple[int, Tensor, bool]] = []  # of each call of a refresh: step, as `refreshed`, has a second
+
+    @property
+    def empty(self) -> bool:
+        return self._home is None
+
+    def clear(self) -> None:
+        """Holds no memory until the next refresh; what was counted stays."""
+        self._home = None
+
+    def keep(self, key: Key, step: int, dense: Tensor, lost: Tensor) -> None:
+        """At a refresh: dense and lost, float [B, H, N, D]. Refuses a rank above D."""
+        its = self.residual
+        if its.order == 2 and its.rank > lost.shape[3]:
+            raise ValueError(f"a residual's rank is at most the heads' size, {lost.shape[3]}; got {its.rank}")
+        if self._home is None:
+            host = self.place == "host" and lost.device.type == "cuda"
+            self._home = _OnHost(lost.device) if host else _OnDevice()
+        before = self._home.all_of(key) if key in self._home else None
+        if before is not None and before.dense.values.shape != lost.transpose(1, 2).shape:
+            was = before.dense.values.transpose(1, 2).shape
+            raise ValueError(f"layer {key[0]}, branch {key[1]} had attention {list(was)}; got {list(lost.shape)}")
+        made, squares = refreshed(its, dense, lost, before)
+        self.norms.append((step, squares, its.order == 2 and before is not None))
+        self._home.put(key, made)
+        self.bytes = max(self.bytes, self._home.bytes)
+
+    def cached(self, key: Key) -> tuple[Tensor, Tensor | None]:
+        """What the sparse answer of this call is to be given: [B, H, N, D], laid out as attention answers; its scale.
+
+        With int8 a scale, float32 [B, H, N]; None with floats. To be read at once: the next call may reuse its memory.
+        """
+        if self._home is None or key not in self._home:
+            raise RuntimeError(
+                f"layer {key[0]}, branch {key[1]} has no residual: it made no such call when its network was refreshed"
+            )
+        rows = self._home.dense_of(key)
+        return rows.values.transpose(1, 2), rows.scale
+
+
+def used(caches: Sequence[ResidualCache | None]) -> ResidualUse | None:
+    """By the caches of networks that took turns; None where there was none to keep. Reads the device."""
+    own = [cache for cache in caches if cache is not None]
+    if not own:
+        return None
+    steps: dict[int, list[tuple[Tensor, bool]]] = {}
+    for cache in own:
+        for step, squares, has_second in cache.norms:
+            steps.setdefault(step, []).append((squares, has_second))
+    refreshes = []
+    for step, calls in sorted(steps.items()):
+        delta, _, whole, _ = _sum([squares for squares, _ in calls])
+        later = [squares for squares, has_second in calls if has_second]
+        _, difference, its, fell_back = _sum(later) if later else [0.0] * 4
+        second = _ratio(difference, its) if later else None
+        refreshes.append(Refresh(step, _ratio(delta, whole), second, int(fell_back)))
+    return ResidualUse(tuple(refreshes), max(cache.bytes for cache in own), own[0].place)
+
+
+def _ratio(square: float, other: float) -> float:
+    return math.sqrt(square / other) if other else 0.0
+
+
+def _sum(squares: Sequence[Tensor]) -> list[float]:
+    found: list[float] = torch.stack([one.double().cpu() for one in squares]).sum(dim=0).tolist()
+    return found
+
+
+@dataclass(frozen=True)
+class Rows:
+    """[B, N, H, D] in memory, as floats or as int8 with a scale float32 [B, H, N]."""
+
+    values: Tensor
+    scale: Tensor | None
+
+    @classmethod
+    def like(cls, x: Tensor, width: int, bits: int) -> Rows:
+        """To be filled: for x [B, H, N, ...], in its dtype or in int8."""
+        batch, heads, tokens = x.shape[:3]
+        dtype = torch.int8 if bits == 8 else x.dtype
+        scale = torch.empty(batch, heads, tokens, device=x.device) if bits == 8 else None
+        return cls(torch.empty(batch, tokens, heads, width, dtype=dtype, device=x.device), scale)
+
+    def write(self, heads: slice, x: Tensor) -> None:
+        """float32 [B, h, N, D], rounded: to the nearest of 255, the largest of each row the last of them."""
+        into = self.values[:, :, heads].transpose(1, 2)
+        if self.scale is None:
+            into.copy_(x)
+            return
+        scale = x.abs().amax(dim=3).clamp_(min=torch.finfo(torch.float32).tiny * 127) / 127
+        self.scale[:, heads] = scale
+        into.copy_((x / scale[..., None]).round_())
+
+    def read(self, heads: slice) -> Tensor:
+        """float32 [B, h, N, D]."""
+        values = self.values[:, :, heads].transpose(1, 2).float()
+        return values if self.scale is None else values.mul_(self.scale[:, heads, :, None])
+
+    def tensors(self) -> list[Tensor]:
+        return [self.values] if self.scale is None else [self.values, self.scale]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The cache of one layer and branch."""
+
+    dense: Rows  # C, as it is added
+    left: Rows | None = None  # D V, [B, N, H, r]; zeros where it fell back
+    right: Tensor | None = None  # V, float32 [B, H, D, r]
+
+    def delta(self, heads: slice) -> Tensor:
+        """float32 [B, h, N, D]: Delta when it was made."""
+        whole = self.dense.read(heads)
+        if self.left is None or self.right is None:
+            return whole
+        return whole.sub_(self.left.read(heads) @ self.right[:, heads].mT)
+
+
+def refreshed(its: Residual, dense: Tensor, lost: Tensor, before: Entry | None) -> tuple[Entry, Tensor]:
+    """The new cache; and float32 [4]: squared norms of Delta, of its difference and of `dense`, and 1 if it fell back.
+
+    In one pass over the differences for their Gram matrices, and in another to project: none of them is kept between.
+    """
+    size = lost.shape[3]
+    squares = lost.new_zeros(4, dtype=torch.float32)
+    parts = _chunks(lost)
+    for heads in parts:
+        squares[0] += lost[:, heads].float().square().sum()
+        squares[2] += dense[:, heads].float().square().sum()
+    entry = Entry(Rows.like(lost, size, its.bits))
+    if its.order == 1 or before is None:
+        for heads in parts:
+            entry.dense.write(heads, lost[:, heads].float())
+        return entry, squares
+
+    grams = lost.new_empty(*lost.shape[:2], size, size, dtype=torch.float32)
+    for heads in parts:
+        difference = lost[:, heads].float() - before.delta(heads)
+        grams[:, heads] = difference.mT @ difference
+    squares[1] = grams.diagonal(dim1=2, dim2=3).sum()
+    smaller = squares[1] < squares[0]
+    squares[3] = 1 - smaller.float()
+    right = leading(grams, its.rank) * smaller  # by the device alone: nothing is read back
+    entry = Entry(entry.dense, Rows.like(lost, its.rank, its.bits), right)
+    assert entry.left is not None
+    for heads in parts:
+        delta = lost[:, heads].float()
+        entry.left.write(heads, (delta - before.delta(heads)) @ right[:, heads])
+        rounded = entry.left.read(heads)  # what is kept is what is added: Delta comes back as C alone is rounded
+        entry.dense.write(heads, delta.add_(rounded @ right[:, heads].mT))
+    return entry, squares
+
+
+def leading(grams: Tensor, rank: int) -> Tensor:
+    """The eigenvectors of the `rank` largest eigenvalues of float32 [..., D, D], symmetric: [..., D, rank]."""
+    vectors: Tensor = torch.linalg.eigh(grams).eigenvectors
+    return vectors[..., -rank:]
+
+
+def _chunks(x: Tensor) -> list[slice]:
+    """Of the heads of x [B, H, N, D]: so many that AT_ONCE numbers hold them, and at least one."""
+    batch, heads, tokens, size = x.shape
+    some = max(1, AT_ONCE // (batch * tokens * size))
+    return [slice(start, min(start + some, heads)) for start in range(0, heads, some)]
+
+
+class _Home(Protocol):
+    """Where entries lie."""
+
+    bytes: int
+
+    def __contains__(self, key: Key) -> bool: ...
+
+    def put(self, key: Key, entry: Entry) -> None: ...
+
+    def all_of(self, key: Key) -> Entry: ...
+
+    def dense_of(self, key: Key) -> Rows: ...
+
+
+class _OnDevice:
+    def __init__(self) -> None:
+        self._held: dict[Key, Entry] = {}
+        self.bytes = 0
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._held
+
+    def put(self, key: Key, entry: Entry) -> None:
+        self._held[key] = entry
+        self.bytes = sum(_bytes(one) for one in self._held.values())
+
+    def all_of(self, key: Key) -> Entry:
+        return self._held[key]
+
+    def dense_of(self, key: Key) -> Rows:
+        return self._held[key].dense
+
+
+def _bytes(entry: Entry) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(entry))
+
+
+def _tensors(entry: Entry) -> list[Tensor]:
+    tensors = entry.dense.tensors()
+    if entry.left is not None and entry.right is not None:
+        tensors += [*entry.left.tensors(), entry.right]
+    return tensors
+
+
+class _Slot:
+    """Memory on the device that one entry's `dense` is brought to."""
+
+    def __init__(self) -> None:
+        self.rows: Rows | None = None
+        self.ready = torch.cuda.Event()
+        self.key: Key | None = None
+
+
+class _OnHost:
+    """In pinned memory. While a call runs, what the next one adds is brought to the device on a stream of its own.
+
+    Two slots take turns: the copy into one waits for all that was launched before the other was asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._held: dict[Key, Entry] = {}
+        self._slots = (_Slot(), _Slot())
+        self._put: torch.cuda.Event | None = None
+        self.bytes = 0
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._held
+
+    def put(self, key: Key, entry: Entry) -> None:
+        if self._put is not None:
+            self._put.synchronize()  # one entry is on its way at a time: more of them would fill the device
+        held = self._held.get(key)
+        if held is None or (held.left is None) != (entry.left is None):
+            self._held[key] = held = _pinned(entry)
+            self.bytes = sum(_bytes(one) for one in self._held.values())
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for ours, theirs in zip(_tensors(held), _tensors(entry), strict=True):
+                ours.copy_(theirs, non_blocking=True)
+                theirs.record_stream(self._stream)
+            self._put = self._stream.record_event()
+        for slot in self._slots:
+            slot.key = None  # what was brought before is not this
+
+    def all_of(self, key: Key) -> Entry:
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        held = self._held[key]
+        left = None if held.left is None else _moved(held.left, self._device)
+        right = None if held.right is None else held.right.to(self._device, non_blocking=True)
+        return Entry(_moved(held.dense, self._device), left, right)
+
+    def dense_of(self, key: Key) -> Rows:
+        now = torch.cuda.current_stream(self._device)
+        mine = next((slot for slot in self._slots if slot.key == key), self._slots[0])
+        other = self._slots[1] if mine is self._slots[0] else self._slots[0]
+        rows = self._bring(key, mine, now)
+        self._bring(self._following(key), other, now)
+        now.wait_event(mine.ready)
+        return rows
+
+    def _following(self, key: Key) -> Key:
+        """In the order in which they were put first, which is that of a step's calls; behind the last, the first."""
+        keys = list(self._held)
+        return keys[(keys.index(key) + 1) % len(keys)]
+
+    def _bring(self, key: Key, slot: _Slot, now: torch.cuda.Stream) -> Rows:
+        dense = self._held[key].dense
+        if slot.rows is None or slot.rows.values.shape != dense.values.shape:
+            slot.rows, slot.key = _empty(dense, self._device), None
+        if slot.key != key:
+            self._stream.wait_stream(now)  # whoever read the slot before
+            with torch.cuda.stream(self._stream):
+                for ours, theirs in zip(slot.rows.tensors(), dense.tensors(), strict=True):
+                    ours.copy_(theirs, non_blocking=True)
+                    ours.record_stream(self._stream)
+                slot.ready.record(self._stream)
+            slot.key = key
+        return slot.rows
+
+
+def _pinned(entry: Entry) -> Entry:
+    left = None if entry.left is None else _empty(entry.left, torch.device("cpu"))
+    right = None if entry.right is None else torch.empty(entry.right.shape, pin_memory=True)
+    return Entry(_empty(entry.dense, torch.device("cpu")), left, right)
+
+
+def _empty(rows: Rows, device: torch.device) -> Rows:
+    """As large; pinned on a CPU."""
+    pinned = device.type == "cpu"
+    made = [torch.empty(x.shape, dtype=x.dtype, device=device, pin_memory=pinned) for x in rows.tensors()]
+    return Rows(made[0], made[1] if len(made) > 1 else None)
+
+
+def _moved(rows: Rows, device: torch.device) -> Rows:
+    moved = [x.to(device, non_blocking=True) for x in rows.tensors()]
+    return Rows(moved[0], moved[1] if len(moved) > 1 else None)
