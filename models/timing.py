@@ -34,11 +34,11 @@ def quantize(network: nn.Module, names: Iterable[str], method: str, bits: str) -
         network.set_submodule(name, how.quantize(layer, None, format_))
 
 
-def cudnn(device: torch.device) -> AbstractContextManager[None]:
-    """In which torch's attention is cuDNN's, on a GPU."""
+def cudnn(device: torch.device, *others: SDPBackend) -> AbstractContextManager[None]:
+    """In which torch's attention is cuDNN's, on a GPU, and of `others` where that takes no such call."""
     if device.type != "cuda":
         return nullcontext()
-    context: AbstractContextManager[None] = sdpa_kernel([SDPBackend.CUDNN_ATTENTION])
+    context: AbstractContextManager[None] = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True)
     return context
 
 
