@@ -23,6 +23,7 @@ from transformers import T5Config, T5EncoderModel
 
 from models import video
 from models.base import VideoInputs, VideoLimits
+from models.cogvideox_blocks import pack_blocks
 from models.video import PROMPTS, PipelineFamily, VideoModel, rotated, write_serving
 from quant_runtime.attention import AttentionState, attend
 from quant_runtime.sparsity.base import TokenLayout
@@ -73,11 +74,16 @@ class CogVideoXModel(VideoModel):
 
     def __init__(self, pipe: Any, serving: video.Serving, device: str) -> None:
         super().__init__(pipe, serving, device)
-        decode = pipe.vae.decode
-        pipe.vae.decode = lambda latents, *args, **kwargs: decode(latents.to(pipe.vae.dtype), *args, **kwargs)
+        if pipe.vae is not None:  # a network that is measured comes without
+            decode = pipe.vae.decode
+            pipe.vae.decode = lambda latents, *args, **kwargs: decode(latents.to(pipe.vae.dtype), *args, **kwargs)
 
     def attentions(self, network: Any) -> Mapping[str, Any]:
         return {f"transformer_blocks.{i}.attn1": block.attn1 for i, block in enumerate(network.transformer_blocks)}
+
+    def fuse_projections(self) -> None:
+        super().fuse_projections()
+        pack_blocks(self.network)
 
     def enter(self, given: dict[str, Any]) -> dict[str, Any]:
         """All text takes part, padding too: the network was trained so."""

@@ -5,37 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from models.packed_blocks import Debts, added, all_quantized, attended, bent, normed, runs_packed
+from models.packed_blocks import Streams, added, all_quantized, attended, bent, normed, runs_packed
 from quant_runtime.kernels.pack_heads import Pair
 from quant_runtime.linear import QuantLinear
-
-
-class Streams(Debts):
-    """Video and text go from block to block as two tensors; where they are two views of one, that is remembered."""
-
-    def forget(self) -> None:
-        super().forget()
-        self._joint: tuple[Tensor, Tensor, Tensor] | None = None  # video and text, and what both are views of
-
-    def joined(self, video: Tensor, text: Tensor) -> Tensor:
-        """Both in one tensor [B, N, C]: the block before has left them so, or they are copied."""
-        if self._joint is not None and self._joint[0] is video and self._joint[1] is text:
-            return self._joint[2]
-        return torch.cat([self.settled(video), self.settled(text)], dim=1)
-
-    def split(self, joint: Tensor, text: int) -> tuple[Tensor, Tensor]:
-        seen, read = joint.tensor_split([-text], dim=1)
-        self._joint = (seen, read, joint)
-        return seen, read
-
-    def settled_pair(self, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """For a block that knows nothing of debts."""
-        if self._joint is not None and self._joint[0] is video and self._joint[1] is text:
-            return self.split(self.settled(self._joint[2]), text.shape[1])
-        return self.settled(video), self.settled(text)
 
 
 class Block(ABC):
@@ -132,7 +106,7 @@ class SingleBlock(Block):
         out = attended(attn, qkv, (attn.norm_q.weight, attn.norm_k.weight), attn.norm_q.eps, rope)
         inner = block.proj_mlp.product(mlp_rows, x.dtype)
         y = bent(block.proj_out, inner, out.flatten(0, 1)).view_as(x)
-        return self.streams.split(self.added(x, y, gate), text.shape[1])
+        return self.streams.split(self.added(x, y, gate), video.shape[1])
 
 
 def pack_blocks(network: Any) -> None:

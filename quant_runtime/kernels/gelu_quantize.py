@@ -1,6 +1,6 @@
 """GELU, rounded: what an MLP's second layer is fed, in one pass.
 
-x       float [M, K]: gelu(x), in its tanh form
+x       float [M, K]: gelu(x), in its tanh form, or with `exact` as it is defined, by the error function
 before  float [M, J] of x's dtype, or None: stands before it as it is, where a layer projects attention and MLP together
 q  int8 [M, J + K], row_scale  float32 [M]: both, times factor float32 [J + K] or None, rounded as quantize_rows rounds
 
@@ -22,7 +22,7 @@ LARGEST_K = 32_768  # a row is held in registers
 
 
 def gelu_quantize(
-    x: Tensor, before: Tensor | None = None, bits: int = 8, factor: Tensor | None = None
+    x: Tensor, before: Tensor | None = None, bits: int = 8, factor: Tensor | None = None, exact: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(q, row_scale). Refuses operands that do not fit, and rows of more than 32,768."""
     if x.dim() != 2 or not x.is_floating_point():
@@ -34,12 +34,12 @@ def gelu_quantize(
     if width > LARGEST_K or bits not in (4, 6, 8) or (factor is not None and factor.shape != (width,)):
         found = f"{width}, bits={bits}, factor={None if factor is None else list(factor.shape)}"
         raise ValueError(f"gelu_quantize takes rows up to {LARGEST_K}, 4, 6 or 8 bits, a factor as wide; got {found}")
-    q, row_scale = _op(x, before, bits, factor)
+    q, row_scale = _op(x, before, bits, factor, exact)
     return q, row_scale
 
 
-def reference(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    real = F.gelu(x.float(), approximate="tanh")
+def reference(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+    real = F.gelu(x.float(), approximate="none" if exact else "tanh")
     return rounding.reference(real if before is None else torch.cat([before.float(), real], dim=1), bits, factor)
 
 
@@ -58,13 +58,17 @@ def _kernel(
     TINY: tl.constexpr,
     BEFORE: tl.constexpr,
     FACTOR: tl.constexpr,
+    EXACT: tl.constexpr,
     KP: tl.constexpr,
 ):
     row, k = tl.program_id(0).to(tl.int64), tl.arange(0, KP)
     inside = k < J + K
     real = tl.load(x + row * x_m + k - J, mask=inside & (k >= J), other=0.0).to(tl.float32)
-    # x * (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3): its factors times -2 / ln 2
-    real /= 1.0 + tl.exp2(real * (-2.302208198 - 0.1029432397 * real * real))
+    if EXACT:
+        real *= 0.5 + 0.5 * tl.math.erf(real * 0.7071067812)
+    else:
+        # x * (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) * (x + 0.044715 x^3): its factors by -2 / ln 2
+        real /= 1.0 + tl.exp2(real * (-2.302208198 - 0.1029432397 * real * real))
     if BEFORE:
         real += tl.load(before + row * before_m + k, mask=k < J, other=0.0).to(tl.float32)
     if FACTOR:
@@ -72,7 +76,7 @@ def _kernel(
     store_rounded(real, k, inside, q + row * (J + K), row_scale + row, top, TINY)
 
 
-def launch(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+def launch(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
     (rows, k), j = x.shape, 0 if before is None else before.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
     before = before if before is None or before.stride(1) == 1 else before.contiguous()
@@ -93,13 +97,14 @@ def launch(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None) -
         TINY=TINY,
         BEFORE=before is not None,
         FACTOR=factor is not None,
+        EXACT=exact,
         KP=wide,
         num_warps=16 if j + k > 12_288 else 8 if wide > 4096 else 4,
     )
     return q, row_scale
 
 
-def _fake(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
     width = x.shape[1] + (0 if before is None else before.shape[1])
     return x.new_empty(len(x), width, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
 

@@ -1,7 +1,7 @@
 """A modulated layer norm, rounded: what AdaLN feeds a quantized linear layer, with the residual before it, in one pass.
 
-x             float [B, N, K]; with y [B, N, K] and gate [B, K], x + gate * y stands in its place
-shift, scale  float [B, K]
+x             float [B, N, K]; with y [B, N, K] and gate, x + gate * y stands in its place
+shift, scale, gate  float [B, K]; or [B, 2, K]: [:, 0] is of the `first` tokens in front, [:, 1] of those behind them
 h             norm(x) * (1 + scale) + shift, a layer norm without weights of its own
 q  int8 [B * N, K], row_scale  float32 [B * N]: h, times factor float32 [K] or None, rounded as quantize_rows rounds
 x'            x, or x + gate * y in x's dtype, which is what is normalized then
@@ -31,13 +31,14 @@ def norm_quantize(
     eps: float = 1e-6,
     bits: int = 8,
     factor: Tensor | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q, row_scale, x'). Refuses operands that do not fit, and K above 16,384."""
-    _check("norm_quantize", x, shift, scale, y, gate)
+    _check("norm_quantize", x, shift, scale, y, gate, first)
     if bits not in (4, 6, 8) or (factor is not None and factor.shape != x.shape[2:]):
         found = f"bits={bits}, factor={None if factor is None else list(factor.shape)}"
         raise ValueError(f"norm_quantize rounds to 4, 6 or 8 bits, with a factor [{x.shape[2]}] or None; got {found}")
-    q, row_scale, added = _op(x, shift, scale, y, gate, eps, bits, factor)
+    q, row_scale, added = _op(x, shift, scale, y, gate, eps, bits, factor, first)
     return q, row_scale, x if y is None else added
 
 
@@ -48,23 +49,29 @@ def norm_modulate(
     y: Tensor | None = None,
     gate: Tensor | None = None,
     eps: float = 1e-6,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(h, x')."""
-    _check("norm_modulate", x, shift, scale, y, gate)
-    h, added = _plain(x, shift, scale, y, gate, eps)
+    _check("norm_modulate", x, shift, scale, y, gate, first)
+    h, added = _plain(x, shift, scale, y, gate, eps, first)
     return h, x if y is None else added
 
 
-def _check(op: str, x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None) -> None:
+def _check(op: str, x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, first: int) -> None:
     if x.dim() != 3 or not x.is_floating_point() or x.shape[2] > LARGEST_K:
         raise ValueError(f"{op} takes float [B, N, K], K up to {LARGEST_K}; got {x.dtype} {list(x.shape)}")
-    row = (x.shape[0], x.shape[2])
+    batch, tokens, k = x.shape
+    row = (batch, 2, k) if shift.dim() == 3 else (batch, k)
     if shift.shape != row or scale.shape != row or (y is None) != (gate is None):
         raise ValueError(f"{op} takes shift and scale {list(row)}, y and gate both or none; got {list(shift.shape)}, "
                          f"{list(scale.shape)}, y {'not ' if y is None else ''}given")  # fmt: skip
     if y is not None and gate is not None and (y.shape != x.shape or y.dtype != x.dtype or gate.shape != row):
         found = f"{y.dtype} {list(y.shape)} and {list(gate.shape)}"
         raise ValueError(f"{op} takes y as {x.dtype} {list(x.shape)} and gate {list(row)}; got {found}")
+    if not 0 <= first <= (tokens if shift.dim() == 3 else 0):
+        raise ValueError(
+            f"{op} takes first up to {tokens}, with a shift [B, 2, K]; got {first} and {list(shift.shape)}"
+        )
 
 
 def reference(
@@ -76,28 +83,37 @@ def reference(
     eps: float,
     bits: int,
     factor: Tensor | None,
+    first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h, added = _real(x, shift, scale, y, gate, eps)
+    h, added = _real(x, shift, scale, y, gate, eps, first)
     return *rounding.reference(h.flatten(0, 1), bits, factor), added
 
 
 def plain_reference(
-    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float
+    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float, first: int
 ) -> tuple[Tensor, Tensor]:
-    h, added = _real(x, shift, scale, y, gate, eps)
+    h, added = _real(x, shift, scale, y, gate, eps, first)
     return h.to(x.dtype), added
 
 
 def _real(
-    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float
+    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float, first: int
 ) -> tuple[Tensor, Tensor]:
     """h in float32, and x' (empty where nothing was added)."""
     added = x.new_empty(0)
     if y is not None and gate is not None:
-        added = (x.float() + gate.float()[:, None] * y.float()).to(x.dtype)
+        added = (x.float() + by_token(gate.float(), x, first) * y.float()).to(x.dtype)
         x = added
     h = F.layer_norm(x.float(), (x.shape[2],), eps=eps)
-    return h * (1 + scale.float()[:, None]) + shift.float()[:, None], added
+    return h * (1 + by_token(scale.float(), x, first)) + by_token(shift.float(), x, first), added
+
+
+def by_token(modulation: Tensor, x: Tensor, first: int) -> Tensor:
+    """[B, K] or [B, 2, K] as what multiplies x [B, N, K]."""
+    if modulation.dim() == 2:
+        return modulation[:, None]
+    front, behind = (part[:, None] for part in modulation.unbind(1))
+    return torch.cat([front.expand(-1, first, -1), behind.expand(-1, x.shape[1] - first, -1)], dim=1)
 
 
 @jit
@@ -114,6 +130,7 @@ def _kernel(
     row_scale,
     N,
     K,
+    first,
     eps,
     top,
     x_b,
@@ -121,7 +138,9 @@ def _kernel(
     y_b,
     y_n,
     mod_b,
+    mod_p,
     gate_b,
+    gate_p,
     TINY: tl.constexpr,
     GATED: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -130,19 +149,19 @@ def _kernel(
 ):
     row, b = tl.program_id(1) * N + tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, k, row64 = tl.program_id(0).to(tl.int64), tl.arange(0, KP), row.to(tl.int64)
-    inside = k < K
+    inside, part = k < K, (tl.program_id(0) >= first).to(tl.int64)
     real = tl.load(x + b * x_b + n * x_n + k, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         more = tl.load(y + b * y_b + n * y_n + k, mask=inside, other=0.0).to(tl.float32)
-        real += tl.load(gate + b * gate_b + k, mask=inside, other=0.0).to(tl.float32) * more
+        real += tl.load(gate + b * gate_b + part * gate_p + k, mask=inside, other=0.0).to(tl.float32) * more
         kept = real.to(added.dtype.element_ty)
         tl.store(added + row64 * K + k, kept, mask=inside)
         real = kept.to(tl.float32)
     mean = tl.sum(real, axis=0) / K
     apart = tl.where(inside, real - mean, 0.0)
     real = apart * tl.math.rsqrt(tl.sum(apart * apart, axis=0) / K + eps)
-    real *= 1.0 + tl.load(scale + b * mod_b + k, mask=inside, other=0.0).to(tl.float32)
-    real += tl.load(shift + b * mod_b + k, mask=inside, other=0.0).to(tl.float32)
+    real *= 1.0 + tl.load(scale + b * mod_b + part * mod_p + k, mask=inside, other=0.0).to(tl.float32)
+    real += tl.load(shift + b * mod_b + part * mod_p + k, mask=inside, other=0.0).to(tl.float32)
     if QUANTIZE:
         if FACTOR:
             real *= tl.load(factor + k, mask=inside, other=0.0)
@@ -171,19 +190,20 @@ def launch(
     eps: float,
     bits: int,
     factor: Tensor | None,
+    first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[0] * x.shape[1]
     q = torch.empty(rows, x.shape[2], dtype=torch.int8, device=x.device)
     row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    added = _launch(x, shift, scale, y, gate, eps, 2.0 ** (bits - 1) - 1, factor, None, q, row_scale)
+    added = _launch(x, shift, scale, y, gate, eps, 2.0 ** (bits - 1) - 1, factor, None, q, row_scale, first)
     return q, row_scale, added
 
 
 def launch_plain(
-    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float
+    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float, first: int
 ) -> tuple[Tensor, Tensor]:
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return h, _launch(x, shift, scale, y, gate, eps, 1.0, None, h, None, None)
+    return h, _launch(x, shift, scale, y, gate, eps, 1.0, None, h, None, None, first)
 
 
 def _launch(
@@ -198,15 +218,17 @@ def _launch(
     h: Tensor | None,
     q: Tensor | None,
     row_scale: Tensor | None,
+    first: int,
 ) -> Tensor:
     batch, tokens, k = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
-    shift, scale = (t if t.stride(1) == 1 else t.contiguous() for t in (shift, scale))
-    if shift.stride(0) != scale.stride(0):
+    shift, scale = (t if t.stride(-1) == 1 else t.contiguous() for t in (shift, scale))
+    if shift.stride() != scale.stride():
         shift, scale = shift.contiguous(), scale.contiguous()
     added = torch.empty(batch, tokens, k, dtype=x.dtype, device=x.device) if y is not None else x.new_empty(0)
     y = y if y is None or y.stride(2) == 1 else y.contiguous()
-    gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
+    gate = gate if gate is None or gate.stride(-1) == 1 else gate.contiguous()
+    mod_p, gate_p = (0 if t is None or t.dim() == 2 else t.stride(1) for t in (shift, gate))
     _kernel[(tokens, batch)](
         x,
         shift,
@@ -220,6 +242,7 @@ def _launch(
         row_scale,
         tokens,
         k,
+        first,
         eps,
         top,
         x.stride(0),
@@ -227,7 +250,9 @@ def _launch(
         0 if y is None else y.stride(0),
         0 if y is None else y.stride(1),
         shift.stride(0),
+        mod_p,
         0 if gate is None else gate.stride(0),
+        gate_p,
         TINY=TINY,
         GATED=y is not None,
         FACTOR=factor is not None,
@@ -247,7 +272,7 @@ def _fake(
 
 
 def _fake_plain(
-    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float
+    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float, first: int
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(0 if y is None else x.shape)
 

@@ -4,6 +4,7 @@ q, k, v     float [B, H, N, D], strided as they come (a fused projection's views
 norm        RMS norm of q and k before all else: (q's weight, k's weight) float [D] each, of every head by itself, or
             [H * D] each, of all heads of a token together; or None
 others      the same for tokens that are not rotated, where these have weights of their own, or None for `norm`
+bias        (q's, k's) float [D] each, or None: with it the norm is a layer norm of every head, and these its biases
 rope        (cos, sin) float16 or float32 [R, D / 2], or None: neighbouring channels of tokens first .. first + R turn
             as pairs; float16 is off by 2**-12 at most, a tenth of what the rounding to int8 is off by
 block       64 or 128 tokens: share a scale of k; have one mean
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
-from torch.nn.functional import pad
+from torch.nn.functional import layer_norm, pad
 
 from quant_runtime.kernels._triton import jit, tl, triton
 from quant_runtime.kernels.attention_fp8 import FP8_TOP, slots
@@ -61,6 +62,7 @@ def pack_heads(
     eps: float = 1e-6,
     rope: Pair | None = None,
     first: int = 0,
+    bias: Pair | None = None,
 ) -> Packed:
     if q.dim() != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
         found = [f"{t.dtype} {list(t.shape)}" for t in (q, k, v)]
@@ -69,10 +71,15 @@ def pack_heads(
     if not q.is_floating_point() or size % 2 or block not in BLOCKS:
         raise ValueError(f"pack_heads takes floats, an even D, blocks of 64 or 128; got {q.dtype}, D={size}, {block}")
     wide = q.shape[1] * size
-    for name, pair, shapes in (("norm", norm, ((size,), (wide,))), ("others", others, ((size,),))):
+    for name, pair, shapes in (
+        ("norm", norm, ((size,), (wide,))), ("others", others, ((size,),)), ("bias", bias, ((size,),)),
+    ):  # fmt: skip
         if pair is not None and not (pair[0].shape == pair[1].shape and pair[0].shape in shapes):
             wanted, given = (" or ".join(str(list(s)) for s in these) for these in (shapes, [w.shape for w in pair]))
             raise ValueError(f"pack_heads: {name} is two weights {wanted}; got {given}")
+    if bias is not None and (norm is None or others is not None or norm[0].shape != bias[0].shape):
+        had = f"norm {None if norm is None else list(norm[0].shape)}, others {'not ' if others is None else ''}given"
+        raise ValueError(f"pack_heads: bias is of a layer norm [{size}], that all tokens share; got {had}")
     if others is not None and (norm is None or rope is None or norm[0].shape != others[0].shape):
         had = f"norm {None if norm is None else list(norm[0].shape)}, rope {'not ' if rope is None else ''}given"
         raise ValueError(
@@ -86,8 +93,8 @@ def pack_heads(
             wanted = f"rope as float16 or float32 [R, {size // 2}] twice, first + R up to {tokens}"
             raise ValueError(f"pack_heads takes {wanted}; got {given}, first={first}")
     (norm_q, norm_k), (other_q, other_k) = norm or (None, None), others or (None, None)
-    cos, sin = rope or (None, None)
-    return Packed(*_op(q, k, v, block, norm_q, norm_k, other_q, other_k, eps, cos, sin, first))
+    (cos, sin), (bias_q, bias_k) = rope or (None, None), bias or (None, None)
+    return Packed(*_op(q, k, v, block, norm_q, norm_k, other_q, other_k, eps, cos, sin, first, bias_q, bias_k))
 
 
 def reference(
@@ -103,11 +110,13 @@ def reference(
     cos: Tensor | None,
     sin: Tensor | None,
     first: int,
+    bias_q: Tensor | None,
+    bias_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens = q.shape[2]
     short = -tokens % block
-    real_q = _placed(q, norm_q, other_q, eps, cos, sin, first)
-    real_k = _placed(k, norm_k, other_k, eps, cos, sin, first)
+    real_q = _placed(q, norm_q, other_q, eps, cos, sin, first, bias_q)
+    real_k = _placed(k, norm_k, other_k, eps, cos, sin, first, bias_k)
     q_scale = step(real_q.abs().amax(dim=3), TOP)
     centred = pad(real_k - real_k[:, :, :: _stride(tokens)].mean(dim=2, keepdim=True), (0, 0, 0, short))
     groups = centred.unflatten(2, (-1, block))
@@ -128,11 +137,20 @@ def reference(
 
 
 def _placed(
-    x: Tensor, norm: Tensor | None, other: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, first: int
+    x: Tensor,
+    norm: Tensor | None,
+    other: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    first: int,
+    bias: Tensor | None,
 ) -> Tensor:
     """float32 x, normalized and turned."""
     x = x.float()
-    if norm is not None and len(norm) > x.shape[3]:
+    if norm is not None and bias is not None:
+        x = layer_norm(x, x.shape[3:], norm.float(), bias.float(), eps)
+    elif norm is not None and len(norm) > x.shape[3]:
         x = x * (x.square().mean(dim=(1, 3), keepdim=True) + eps).rsqrt() * norm.float().view(x.shape[1], 1, -1)
     elif norm is not None:
         x = x * (x.square().mean(dim=3, keepdim=True) + eps).rsqrt()
@@ -174,6 +192,7 @@ def _together(x, inverse, N, x_b, x_h, x_n, eps, H: tl.constexpr, D: tl.constexp
 def _center(
     k,
     norm,
+    bias,
     other,
     inverse,
     cos,
@@ -204,7 +223,9 @@ def _center(
     sums = tl.zeros((DP,), tl.float32)
     for start in range(0, samples, BT):
         n = (start + tl.arange(0, BT)) * stride
-        real = _load(x_head, k_n, n, N, norm, other, inverse, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
+        real = _load(
+            x_head, k_n, n, N, norm, bias, other, inverse, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP
+        )
         sums += tl.sum(real, axis=0)
     tl.store(center + head * D + d, sums / samples, mask=d < D)
 
@@ -230,6 +251,8 @@ def _pack(
     v,
     norm_q,
     norm_k,
+    bias_q,
+    bias_k,
     other_q,
     other_k,
     inverse_q,
@@ -287,7 +310,9 @@ def _pack(
 
     if part == 0:
         mine = q + b * q_b + h * q_h
-        real = _load(mine, q_n, n, N, norm_q, other_q, inverse_q, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
+        real = _load(
+            mine, q_n, n, N, norm_q, bias_q, other_q, inverse_q, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP
+        )
         tl.store(q_means + means, tl.sum(real, axis=0) / held, mask=in_d)
         scale = _scale(real, 127.0, TINY, BT)
         tl.store(q_scale + head64 * N + n, scale, mask=in_n)
@@ -295,7 +320,9 @@ def _pack(
         tl.store(q_out + (head64 * N + n)[:, None] * D + d[None, :], whole(real), mask=inside)
     elif part == 1:
         mine = k + b * k_b + h * k_h
-        real = _load(mine, k_n, n, N, norm_k, other_k, inverse_k, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP)
+        real = _load(
+            mine, k_n, n, N, norm_k, bias_k, other_k, inverse_k, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP
+        )
         tl.store(k_means + means, tl.sum(real, axis=0) / held, mask=in_d)
         real = tl.where(inside, real - tl.load(center + head * D + d, mask=in_d, other=0.0)[None, :], 0.0)
         each = _scale(real, 127.0, TINY, BT)
@@ -334,6 +361,7 @@ def _load(
     n,
     N,
     norm,
+    bias,
     other,
     inverse,
     cos,
@@ -348,7 +376,10 @@ def _load(
     D: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """float32 [BT, DP], normalized and turned; zeros beyond N and D. NORM: 0 for none, 1 by heads, 2 by tokens."""
+    """float32 [BT, DP], normalized and turned; zeros beyond N and D.
+
+    NORM: 0 for none, 1 by heads, 2 by tokens, 3 a layer norm by heads.
+    """
     d = tl.arange(0, DP)
     inside = (n < N)[:, None] & (d < D)[None, :]
     real = tl.load(x + n.to(tl.int64)[:, None] * x_n + d[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -357,11 +388,16 @@ def _load(
         real *= tl.math.rsqrt(tl.sum(real * real, axis=1) / D + eps)[:, None]
     if NORM == 2:
         real *= tl.load(inverse + n, mask=n < N, other=0.0)[:, None]
+    if NORM == 3:
+        real = tl.where(inside, real - (tl.sum(real, axis=1) / D)[:, None], 0.0)
+        real *= tl.math.rsqrt(tl.sum(real * real, axis=1) / D + eps)[:, None]
     if NORM > 0:
         weight = tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         if OTHER:
             weight = tl.where(turns[:, None], weight, tl.load(other + d, mask=d < D, other=0.0).to(tl.float32)[None, :])
         real *= weight
+    if NORM == 3:
+        real += tl.where(inside, tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :], 0.0)
     if ROPE:
         half = tl.arange(0, DP // 2)
         at = (n - first)[:, None] * (D // 2) + half[None, :]
@@ -386,18 +422,21 @@ def launch(
     cos: Tensor | None,
     sin: Tensor | None,
     first: int,
+    bias_q: Tensor | None,
+    bias_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, heads, tokens, size = q.shape
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     outputs = _empty(q, block)
-    norm_q, norm_k, other_q, other_k, cos, sin = (
-        None if t is None else t.contiguous() for t in (norm_q, norm_k, other_q, other_k, cos, sin)
+    norm_q, norm_k, bias_q, bias_k, other_q, other_k, cos, sin = (
+        None if t is None else t.contiguous() for t in (norm_q, norm_k, bias_q, bias_k, other_q, other_k, cos, sin)
     )
     center = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device)
     most = torch.zeros(batch, heads, size, dtype=torch.float32, device=q.device)
     rotated = 0 if cos is None else len(cos)
     together = norm_q is not None and len(norm_q) > size
-    kinds = {"NORM": 0 if norm_q is None else 1 + together, "OTHER": other_q is not None, "ROPE": cos is not None}
+    kind = 0 if norm_q is None else 3 if bias_q is not None else 1 + together
+    kinds = {"NORM": kind, "OTHER": other_q is not None, "ROPE": cos is not None}
     sizes = {"D": size, "DP": max(16, triton.next_power_of_2(size))}
     inverse_q = inverse_k = None
     if together:
@@ -410,6 +449,7 @@ def launch(
     _center[(all_heads,)](
         k,
         norm_k,
+        bias_k,
         other_k,
         inverse_k,
         cos,
@@ -429,6 +469,8 @@ def launch(
         v,
         norm_q,
         norm_k,
+        bias_q,
+        bias_k,
         other_q,
         other_k,
         inverse_q,

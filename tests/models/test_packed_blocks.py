@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from models import hunyuan_video_blocks, load, registry, tiny, wan_blocks
+from models import cogvideox_blocks, hunyuan_video_blocks, load, registry, tiny, wan_blocks
 from models.compress import Recipe
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import QuantFormat
@@ -21,6 +21,7 @@ KINDS = {
         {"attention_head_dim": 32, "num_attention_heads": 2, "rope_axes_dim": (8, 12, 12)},
         hunyuan_video_blocks.Block,
     ),
+    "cogvideox": ({"attention_head_dim": 64, "num_attention_heads": 2}, cogvideox_blocks.Block),
 }
 PLAN = AttentionPlan(TopK(0.6), warmup=0.5, dense_qk_bits=8, pv_bits=8)
 LARGE = {"width": 96, "height": 96, "frames": 17}  # more tokens than one block of 128 holds

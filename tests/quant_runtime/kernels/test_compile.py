@@ -76,17 +76,22 @@ def launches() -> Iterator[Callable[[], object]]:
     yield lambda: attention_blocks.launch(whole, whole, head, kept, counts, 64, 64, tokens, tokens, 0.1)
 
     modulation = torch.ones(1, 4, 256, dtype=torch.bfloat16).unbind(1)
-    yield lambda: norm_quantize.launch(rows[None], *modulation[:2], rows[None], modulation[2], 1e-6, 8, factor)
-    yield lambda: norm_quantize.launch_plain(rows[None], *modulation[:2], None, None, 1e-6)
-    yield lambda: gelu_quantize.launch(rows, rows[:, :128], 8, None)
-    norm, angles = torch.ones(128, dtype=torch.bfloat16), torch.ones(150, 64)
-    yield lambda: pack_heads.launch(head, head, head, 128, norm, norm, norm, norm, 1e-6, angles, angles, 0)
+    yield lambda: norm_quantize.launch(rows[None], *modulation[:2], rows[None], modulation[2], 1e-6, 8, factor, 0)
+    yield lambda: norm_quantize.launch_plain(rows[None], *modulation[:2], None, None, 1e-6, 0)
+    two = torch.ones(3, 1, 2, 256, dtype=torch.bfloat16)  # CogVideoX: one modulation of the text, one of the video
+    yield lambda: norm_quantize.launch(rows[None], two[0], two[1], rows[None], two[2], 1e-6, 8, None, 226)
+    yield lambda: gelu_quantize.launch(rows, rows[:, :128], 8, None, False)
+    yield lambda: gelu_quantize.launch(rows, None, 8, None, True)
+    norm, angles, none = torch.ones(128, dtype=torch.bfloat16), torch.ones(150, 64), (None, None)
+    yield lambda: pack_heads.launch(head, head, head, 128, norm, norm, norm, norm, 1e-6, angles, angles, 0, *none)
     together = torch.ones(2 * 128, dtype=torch.bfloat16)
     short = angles.half()
-    yield lambda: pack_heads.launch(head, head, head, 128, together, together, None, None, 1e-6, short, short, 0)
-    yield lambda: pack_heads.launch(small, small, small, 64, None, None, None, None, 1e-6, None, None, 0)
-    for x, block in ((head, 128), (small, 64)):
-        operands = pack_heads.reference(x, x, x, block, None, None, None, None, 1e-6, None, None, 0)[:6]
+    yield lambda: pack_heads.launch(head, head, head, 128, together, together, *none, 1e-6, short, short, 0, *none)
+    yield lambda: pack_heads.launch(small, small, small, 64, *none, *none, 1e-6, *none, 0, *none)
+    layer, slim = torch.ones(64, dtype=torch.bfloat16), short[:, :32]  # CogVideoX and VGGT: a layer norm, heads of 64
+    yield lambda: pack_heads.launch(small, small, small, 128, layer, layer, *none, 1e-6, slim, slim, 26, layer, layer)
+    for x, block in ((head, 128), (small, 64), (small, 128)):
+        operands = pack_heads.reference(x, x, x, block, *none, *none, 1e-6, *none, 0, *none)[:6]
         kept, counts = block_map.reference(x, x, 1, block, block, None, None)
         q, q_scale, k, k_scale, v, v_scale = operands
         rest = (kept, counts, 200, block, block, torch.bfloat16, 0.1)

@@ -13,11 +13,12 @@ FLIPS = 1e-3  # of the entries may fall to the other side of a half, by one step
 @pytest.mark.skipif(op.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize(("m", "j", "k"), [(5, 0, 33), (3, 17, 256), (2, 3072, 12288)])
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.filterwarnings("ignore:overflow")  # numpy says so in the interpreter: 1 / inf is the zero that is meant
-def test_triton_agrees_with_the_reference(m, j, k, dtype, device):
+def test_triton_agrees_with_the_reference(m, j, k, dtype, exact, device):
     x, before = rows(m, k, device, outliers=True, dtype=dtype), rows(m, j, device, dtype=dtype) if j else None
     for bits, factor in ((8, None), (6, torch.rand(j + k, device=device) + 0.1)):
-        got, want = op.launch(x, before, bits, factor), op.reference(x, before, bits, factor)
+        got, want = op.launch(x, before, bits, factor, exact), op.reference(x, before, bits, factor, exact)
         apart = (got[0].int() - want[0].int()).abs()
         assert apart.max() <= 1
         assert apart.float().mean() < FLIPS
@@ -31,9 +32,21 @@ def test_it_is_what_stands_before_and_the_gelu(device):
     assert relative_error(q * scale[:, None], want) < 0.01
 
 
-def test_of_values_far_out_gelu_is_the_value_or_nothing(device):
+@pytest.mark.parametrize("version", [op.reference, op.launch])
+def test_the_two_forms_of_gelu_are_told_apart_where_they_differ_most(version, device):
+    """By 5e-4 at 2.4, which is six steps where the largest is a hundredth."""
+    x = torch.tensor([[-2.4, -2.7]], device=device)
+    for exact, form in ((False, "tanh"), (True, "none")):
+        q, scale = version(x, None, 8, None, exact)
+        assert relative_error(q * scale[:, None], gelu(x, approximate=form)) < 0.005
+    other = gelu(x, approximate="tanh")
+    assert relative_error(gelu(x), other) > 0.02
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_of_values_far_out_gelu_is_the_value_or_nothing(exact, device):
     x = torch.tensor([[-1e4, 1e4, -60.0, 60.0]], device=device)
-    q, scale = op.gelu_quantize(x)
+    q, scale = op.gelu_quantize(x, exact=exact)
     assert scale.item() == pytest.approx(1e4 / 127)
     assert q.tolist() == [[0, 127, 0, 1]]
 
@@ -43,7 +56,7 @@ def test_of_values_far_out_gelu_is_the_value_or_nothing(device):
 def test_a_nan_shows_in_the_scale_of_its_row_alone(version, device):
     x, before = rows(4, 40, device), rows(4, 8, device)
     x[1, 3], before[2, 0] = float("nan"), float("nan")
-    assert version(x, before, 8, None)[1].isfinite().tolist() == [True, False, False, True]
+    assert version(x, before, 8, None, False)[1].isfinite().tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -62,4 +75,6 @@ def test_operands_that_do_not_fit_are_refused_by_name(change, named):
 
 
 def test_torch_accepts_the_op(device):
-    library.opcheck(torch.ops.quant_runtime.gelu_quantize.default, (rows(3, 16, device), rows(3, 8, device), 8, None))
+    library.opcheck(
+        torch.ops.quant_runtime.gelu_quantize.default, (rows(3, 16, device), rows(3, 8, device), 8, None, True)
+    )

@@ -11,30 +11,36 @@ FLIPS = 1e-3  # of the entries may fall to the other side of a half, by one step
 SHAPES = [(2, 5, 33), (1, 7, 256), (1, 3, 3072)]
 
 
-def arguments(shape, device, dtype=torch.float32, gated=False):
-    """x with outlier channels; modulation as a linear layer leaves it, chunk by chunk; y and gate, or None."""
+def arguments(shape, device, dtype=torch.float32, gated=False, parts=1):
+    """x with outlier channels; modulation as a linear layer leaves it, chunk by chunk; y and gate, or None.
+
+    With `parts` 2 the modulation is of the first two tokens, and of the others.
+    """
     batch, tokens, size = shape
     x, y = torch.randn(2, batch, tokens, size, device=device)
     x[..., ::64] *= 30
-    modulation = torch.randn(batch, 3 * size, device=device).to(dtype).chunk(3, dim=1)
+    modulation = torch.randn(batch, parts, 3 * size, device=device).to(dtype).chunk(3, dim=2)
+    if parts == 1:
+        modulation = [part[:, 0] for part in modulation]
     return x.to(dtype), *modulation[:2], *((y.to(dtype), modulation[2]) if gated else (None, None)), 1e-6
 
 
 @pytest.mark.skipif(op.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
-def test_triton_agrees_with_the_reference(shape, gated, dtype, device):
-    args = arguments(shape, device, dtype, gated)
+def test_triton_agrees_with_the_reference(shape, gated, parts, dtype, device):
+    args, first = arguments(shape, device, dtype, gated, parts), 2 * (parts - 1)
     for bits, factor in ((8, None), (4, torch.rand(shape[2], device=device) + 0.1)):
-        got, want = op.launch(*args, bits, factor), op.reference(*args, bits, factor)
+        got, want = op.launch(*args, bits, factor, first), op.reference(*args, bits, factor, first)
         apart = (got[0].int() - want[0].int()).abs()
         assert apart.max() <= 1
         assert apart.float().mean() < FLIPS
         assert relative_error(got[1], want[1]) < FP32_ROUNDING
         assert not gated or relative_error(got[2], want[2]) < ROUNDING[dtype]
-    h, added = op.launch_plain(*args)
-    assert relative_error(h, op.plain_reference(*args)[0]) < ROUNDING[dtype]
+    h, added = op.launch_plain(*args, first)
+    assert relative_error(h, op.plain_reference(*args, first)[0]) < ROUNDING[dtype]
     assert not gated or relative_error(added, want[2]) < ROUNDING[dtype]
 
 
@@ -49,12 +55,23 @@ def test_it_is_the_modulated_norm_of_the_sum(gated, device):
     assert relative_error(op.norm_modulate(x, shift, scale, y, gate, eps)[0], want) < FP32_ROUNDING
 
 
+def test_tokens_in_front_are_modulated_by_the_first_of_two(device):
+    x, shift, scale, y, gate, eps = arguments((2, 5, 32), device, gated=True, parts=2)
+    for first in (0, 2, 5):
+        rows = []
+        for part, some in ((0, slice(0, first)), (1, slice(first, 5))):
+            rows.append(op.norm_modulate(x[:, some], shift[:, part], scale[:, part], y[:, some], gate[:, part], eps))
+        h, added = op.norm_modulate(x, shift, scale, y, gate, eps, first)
+        assert relative_error(h, torch.cat([h for h, _ in rows], dim=1)) < FP32_ROUNDING
+        assert relative_error(added, torch.cat([added for _, added in rows], dim=1)) < FP32_ROUNDING
+
+
 @pytest.mark.parametrize("version", [op.reference, op.launch])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy says so when the interpreter meets a NaN
 def test_a_nan_shows_in_the_scale_of_its_row_alone(version, device):
     args = arguments((1, 4, 32), device)
     args[0][0, 1, 3] = float("nan")
-    assert version(*args, 8, None)[1].isfinite().tolist() == [True, False, True, True]
+    assert version(*args, 8, None, 0)[1].isfinite().tolist() == [True, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +83,9 @@ def test_a_nan_shows_in_the_scale_of_its_row_alone(version, device):
         ({"y": torch.zeros(2, 3, 8).half(), "gate": torch.zeros(2, 8)}, "float16"),
         ({"bits": 7}, "bits=7"),
         ({"factor": torch.ones(9)}, r"\[9\]"),
+        ({"first": 1}, "shift .*got 1"),
+        ({"shift": torch.zeros(2, 2, 8)}, r"\[2, 2, 8\]"),
+        ({"shift": torch.zeros(2, 2, 8), "scale": torch.zeros(2, 2, 8), "first": 4}, "got 4"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused_by_name(change, named):
@@ -76,5 +96,5 @@ def test_operands_that_do_not_fit_are_refused_by_name(change, named):
 
 def test_torch_accepts_the_ops(device):
     args = arguments(SHAPES[0], device, gated=True)
-    library.opcheck(torch.ops.quant_runtime.norm_quantize.default, (*args, 8, None))
-    library.opcheck(torch.ops.quant_runtime.norm_modulate.default, args)
+    library.opcheck(torch.ops.quant_runtime.norm_quantize.default, (*args, 8, None, 0))
+    library.opcheck(torch.ops.quant_runtime.norm_modulate.default, (*args, 0))

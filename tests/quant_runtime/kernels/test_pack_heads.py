@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import library
-from torch.nn.functional import rms_norm
+from torch.nn.functional import layer_norm, rms_norm
 
 from models.video import rotated
 from quant_runtime.kernels import pack_heads as op
@@ -21,28 +21,34 @@ SHAPES = [  # batch, heads, tokens, size, block, tokens that turn, first of them
 ]
 
 
-def arguments(shape, device, dtype=torch.float32, together=False):
-    """q, k and v as a fused projection leaves them, norms of both kinds of token or of all heads together, angles."""
+KINDS = ["heads", "together", "layer"]
+
+
+def arguments(shape, device, dtype=torch.float32, kind="heads"):
+    """q, k and v as a fused projection leaves them, norms of a kind (of both kinds of token, if of heads), angles."""
     batch, heads, tokens, size, block, turning, first = shape
     x = torch.randn(batch, tokens, 3, heads, size, device=device)
     x[..., ::64] *= 10
     x[:, :, 1] += 3 * torch.randn(size, device=device)
     q, k, v = x.to(dtype).permute(2, 0, 3, 1, 4)
     weights = [torch.rand(size, device=device, dtype=dtype) + 0.5 for _ in range(4)]
-    if together:
+    biases = [None, None]
+    if kind == "together":
         weights = [*(torch.rand(2, heads * size, device=device, dtype=dtype) + 0.5), None, None]
+    if kind == "layer":
+        weights, biases = [*weights[:2], None, None], [*torch.randn(2, size, device=device).to(dtype)]
     if not turning:
-        return q, k, v, block, *weights[:2], None, None, 1e-6, None, None, 0
+        return q, k, v, block, *weights[:2], None, None, 1e-6, None, None, 0, *biases
     angles = torch.rand(turning, size // 2, device=device) * 6
-    return q, k, v, block, *weights, 1e-6, angles.cos(), angles.sin(), first
+    return q, k, v, block, *weights, 1e-6, angles.cos(), angles.sin(), first, *biases
 
 
 @pytest.mark.skipif(op.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
-def test_triton_agrees_with_the_reference(shape, together, dtype, device):
-    args = arguments(shape, device, dtype, together)
+def test_triton_agrees_with_the_reference(shape, kind, dtype, device):
+    args = arguments(shape, device, dtype, kind)
     got, want = op.Packed(*op.launch(*args)), op.Packed(*op.reference(*args))
     for name in ("q_scale", "k_scale", "v_scale", "q_means", "k_means"):
         assert relative_error(getattr(got, name), getattr(want, name)) < FP32_ROUNDING, name
@@ -54,20 +60,25 @@ def test_triton_agrees_with_the_reference(shape, together, dtype, device):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_reference_packs_what_diffusers_norms_and_rotation_give(shape):
-    q, k, v, block, norm_q, norm_k, other_q, other_k, eps, cos, sin, first = arguments(shape, "cpu")
-    packed = op.Packed(*op.reference(q, k, v, block, norm_q, norm_k, other_q, other_k, eps, cos, sin, first))
+@pytest.mark.parametrize("kind", ["heads", "layer"])
+def test_the_reference_packs_what_diffusers_norms_and_rotation_give(shape, kind):
+    args = arguments(shape, "cpu", kind=kind)
+    q, k, v, block, norm_q, norm_k, other_q, other_k, eps, cos, sin, first, bias_q, bias_k = args
+    packed = op.Packed(*op.reference(*args))
     _, _, tokens, size, _, turning, _ = shape
 
-    def placed(x, norm, other):
+    def normed(x, norm, bias):
+        return rms_norm(x, (size,), norm, eps) if bias is None else layer_norm(x, (size,), norm, bias, eps)
+
+    def placed(x, norm, other, bias):
         middle = slice(first, first + turning)
-        out = rms_norm(x, (size,), norm if other is None else other, eps)
+        out = normed(x, norm if other is None else other, bias)
         if turning:
             doubled = (t.repeat_interleave(2, dim=1) for t in (cos, sin))
-            out[:, :, middle] = rotated(rms_norm(x[:, :, middle], (size,), norm, eps), *doubled)
+            out[:, :, middle] = rotated(normed(x[:, :, middle], norm, bias), *doubled)
         return out
 
-    want_q, want_k = placed(q, norm_q, other_q), placed(k, norm_k, other_k)
+    want_q, want_k = placed(q, norm_q, other_q, bias_q), placed(k, norm_k, other_k, bias_k)
     assert relative_error(packed.q * packed.q_scale[..., None], want_q) < INT8
     got_k = (packed.k.unflatten(2, (-1, block)) * packed.k_scale[..., None, None]).flatten(2, 3)
     apart = want_k - got_k[:, :, :tokens]
@@ -81,7 +92,7 @@ def test_the_reference_packs_what_diffusers_norms_and_rotation_give(shape):
 
 
 def test_a_norm_of_all_heads_together_is_that_of_their_channels_side_by_side(device):
-    q, k, v, block, norm_q, norm_k, *_ = arguments((2, 3, 20, 32, 64, 0, 0), device, together=True)
+    q, k, v, block, norm_q, norm_k, *_ = arguments((2, 3, 20, 32, 64, 0, 0), device, kind="together")
     packed = op.pack_heads(q, k, v, block, (norm_q, norm_k))
     want = rms_norm(q.transpose(1, 2).flatten(2), (96,), norm_q, 1e-6).unflatten(2, (3, 32)).transpose(1, 2)
     assert relative_error(packed.q * packed.q_scale[..., None], want) < INT8
@@ -109,6 +120,9 @@ def test_what_is_not_finite_shows_where_it_is(version, device):
         ({"block": 32}, "32"),
         ({"norm": (torch.ones(32), torch.ones(31))}, r"norm is two weights \[32\] or \[64\]"),
         ({"others": (torch.ones(32), torch.ones(32))}, "others"),
+        ({"bias": (torch.ones(32), torch.ones(32))}, "bias is of a layer norm"),
+        ({"norm": (torch.ones(64), torch.ones(64)), "bias": (torch.ones(32), torch.ones(32))}, r"norm \[64\]"),
+        ({"norm": (torch.ones(32), torch.ones(32)), "bias": (torch.ones(64), torch.ones(64))}, "bias is two weights"),
         ({"rope": (torch.zeros(9, 16), torch.zeros(10, 16))}, r"\[9, 16\]"),
         ({"rope": (torch.zeros(9, 16), torch.zeros(9, 16)), "first": 4}, "first=4"),
     ],
@@ -119,5 +133,6 @@ def test_operands_that_do_not_fit_are_refused_by_name(change, named):
         op.pack_heads(**args | change)
 
 
-def test_torch_accepts_the_op(device):
-    library.opcheck(torch.ops.quant_runtime.pack_heads.default, arguments(SHAPES[0], device))
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_accepts_the_op(kind, device):
+    library.opcheck(torch.ops.quant_runtime.pack_heads.default, arguments(SHAPES[0], device, kind=kind))
