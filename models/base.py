@@ -7,8 +7,8 @@ worker it is a *generator*, warm, that turns inputs into files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -92,6 +92,7 @@ class OutputFile:
 @dataclass(frozen=True)
 class Outputs:
     files: tuple[OutputFile, ...]
+    cached: Mapping[str, int] = field(default_factory=dict)  # at most, in bytes, by where it lay: device or host
 
 
 class Generator(Protocol):
@@ -120,7 +121,7 @@ class Model(Generator, Protocol):
         ...
 
     def attend(self, plan: AttentionPlan) -> None:
-        """From now on self-attention runs by this plan."""
+        """From now on self-attention runs by this plan. Refuses what `Family.suits` does."""
         ...
 
     def calibrate(self, samples: int, on_sample: OnStep) -> None:
@@ -162,6 +163,10 @@ class Family(Protocol):
         All files have been verified, or, where it is to `check`, all but the weights in `components`: their hashes are
         those of the reading that loads them. ValueError names the file or key that does not fit.
         """
+        ...
+
+    def suits(self, network: nn.Module, plan: AttentionPlan) -> None:
+        """Raises ValueError for a plan that this network, perhaps on the meta device, cannot run by: it says why."""
         ...
 
     def write(self, model: Model, source: Path, target: Path) -> None:

@@ -93,6 +93,10 @@ class CogVideoXModel(VideoModel):
         own = {name: given[name].to(self.network.dtype) for name in ("hidden_states", "encoder_hidden_states")}
         return given | own
 
+    def expected(self, inputs: VideoInputs) -> TokenLayout:
+        patch = self.network.config.patch_size
+        return TokenLayout(*self.grid(inputs, (1, patch, patch)), text=self.serving.max_tokens, text_first=True)
+
     def asked(self, inputs: VideoInputs) -> dict[str, Any]:
         prompt, negative = self.pipe.encode_prompt(
             inputs.prompt,

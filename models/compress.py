@@ -75,6 +75,7 @@ def _written(
 ) -> tuple[Manifest, list[torch.Tensor]]:
     """The artifact without its quality, and what the checkpoint made of the judging samples in full precision."""
     model = family.load(source, device, torch.float32)
+    family.suits(model.network, recipe.attention)
     with Loras(recipe.loras, model.network, family.originals) as loras:
         loras.merge_into(model.network)
     chosen = formats(model.network, model.layers(), recipe.format, recipe.rules)

@@ -113,6 +113,14 @@ class HunyuanVideoModel(VideoModel):
         words = given["encoder_hidden_states"][:, :text]
         return given | {"encoder_hidden_states": words, "encoder_attention_mask": mask[:, :text]}
 
+    def expected(self, inputs: VideoInputs) -> TokenLayout:
+        config = self.network.config
+        patch = (config.patch_size_t, config.patch_size, config.patch_size)
+        return TokenLayout(*self.grid(inputs, patch), text=self.serving.max_tokens)
+
+    def sequences(self, inputs: VideoInputs) -> int:
+        return 1 if self.network.config.guidance_embeds else super().sequences(inputs)
+
     def tokens(self, prompt: str) -> int:
         """The prompt stands in a template, whose beginning the text encoder reads and the network does not see."""
         return super().tokens(TEMPLATE["template"].format(prompt)) - TEMPLATE["crop_start"]

@@ -5,6 +5,9 @@ GPU, the baseline first: diffusers' own network in bfloat16, its attention throu
 would build (all text is real here, and a mask slows it), eagerly and with its blocks compiled. Then its layers are
 quantized in place, and the same step runs once dense and once at each density. `error` is relative, against the eager
 baseline's answer: of random weights it shows that the same function is computed, not what a film loses.
+
+With --steps a whole run of so many steps at the first density is timed besides, its dense steps among them: those of
+--warmup, and with --refresh N one behind every N sparse ones, at which what they lose is cached anew.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import inspect
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -28,9 +32,10 @@ from models import registry
 from models.published import PUBLISHED
 from models.video import VideoModel
 from quant_runtime import report
-from quant_runtime.attention import AttentionPlan
+from quant_runtime.attention import AttentionPlan, Density
 from quant_runtime.formats import QuantFormat
 from quant_runtime.methods import METHODS, Streamable
+from quant_runtime.residual import Residual
 from quant_runtime.sparsity.topk import TopK
 
 
@@ -185,16 +190,39 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
             profile(step, chosen.profile / f"{name}-{density or 'dense'}.txt")
 
     if chosen.steps:
-        plan = AttentionPlan(TopK(densities[0]), chosen.warmup, dense_qk_bits=8, pv_bits=8)
+        residual = None
+        run = f"{chosen.bits.upper()} {chosen.method} density {densities[0]}, first {chosen.warmup:.0%} dense"
+        if chosen.refresh:
+            its = (chosen.residual_order, chosen.residual_rank, chosen.residual_bits, chosen.residual_place)
+            residual = Residual(chosen.refresh, *its)
+            run += f", {residual.words()}, {residual.place}"
+        plan = AttentionPlan(TopK(densities[0]), chosen.warmup, dense_qk_bits=8, pv_bits=8, residual=residual)
+        if residual is not None:  # kernels of a first and of a second refresh are compiled before the clock runs
+            model.attend(replace(plan, warmup=0.0, residual=replace(residual, interval=1)))
+            film(model, step, 4)
         model.attend(plan)
+        torch.cuda.reset_peak_memory_stats()
         took = film(model, step, chosen.steps)
         whole = baseline and (f"{chosen.steps} x {baseline[0]}", chosen.steps * baseline[1])
-        run = f"{chosen.bits.upper()} {chosen.method} density {densities[0]}, first {chosen.warmup:.0%} dense"
-        yield report.row(f"{case} {run}", f"{chosen.steps} steps", took, "s", "lower", samples=1, baseline=whole)
+        ran = model.attention.density()
+        error = {"effective_density": round(ran.effective, 4)}
+        yield report.row(
+            f"{case} {run}", f"{chosen.steps} steps", took, "s", "lower", samples=1, baseline=whole, error=error
+        )
+        yield from sizes(case, run, ran)
+
+
+def sizes(case: str, run: str, ran: Density) -> Iterator[dict[str, Any]]:
+    """Of a whole run: what it took at most, and what of that its residual was."""
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    yield report.row(f"{case} {run}", "peak memory", peak, "GiB", "lower", samples=1)
+    if ran.residual is not None:
+        kept = ran.residual.bytes / 2**30
+        yield report.row(f"{case} {run}", "residual", kept, "GiB", "lower", samples=1, error=ran.residual.place)
 
 
 def film(model: VideoModel, step: Callable[[], Tensor], steps: int) -> float:
-    """Seconds of so many steps, one after another, the plan's dense ones among them."""
+    """Seconds of so many steps, one after another, the plan's dense ones and its refreshes among them."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     model.attention.start(steps)
     before.record()
@@ -203,6 +231,7 @@ def film(model: VideoModel, step: Callable[[], Tensor], steps: int) -> float:
         step()
     after.record()
     torch.cuda.synchronize()
+    model.attention.finish()
     return before.elapsed_time(after) / 1e3
 
 
@@ -231,6 +260,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=0, help="of a whole run at the first density, besides")
     parser.add_argument("--warmup", type=float, default=0.1, help="the fraction of those that is dense")
+    parser.add_argument("--refresh", type=int, default=0, help="of a whole run: sparse steps between two refreshes")
+    parser.add_argument("--residual-order", type=int, default=2)
+    parser.add_argument("--residual-rank", type=int, default=16)
+    parser.add_argument("--residual-bits", type=int, default=8)
+    parser.add_argument("--residual-place", default="device")
     parser.add_argument("--no-dense", action="store_true", help="leave our dense step out")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled baseline out")

@@ -72,6 +72,10 @@ class Streamed(Protocol):
         """Names of the linear layers to compress."""
         ...
 
+    def suits(self, network: nn.Module, plan: AttentionPlan) -> None:
+        """Raises ValueError for a plan that the network cannot run by."""
+        ...
+
     def write_around(self, network: nn.Module, source: Path, target: Path) -> None:
         """Every file of an artifact but its weights and its manifest. `network` has its empty QuantLinears."""
         ...
@@ -126,6 +130,7 @@ def compress(
         raise ValueError(f"method {kind} does not go layer by layer: take {' or '.join(others)}")
     artifact.check_free(out, replace)
     network = family.skeleton(source)
+    family.suits(network, attention)
     chosen = formats(network, family.linears(network), format_, rules)
     low = {name: its for name, its in chosen.items() if its.quantized}
     with (

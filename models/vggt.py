@@ -55,6 +55,11 @@ VIEWS_AT_ONCE = 4  # in the dense heads: it bounds memory, and a run can be stop
 POSE = 9  # numbers of a pose encoding
 
 
+def suits(plan: AttentionPlan) -> None:
+    if plan.residual is not None:
+        raise ValueError("a scene is reconstructed in one step, which leaves no residual to another: leave it out")
+
+
 class VggtModel:
     """One loaded network. float32 where a pose or a depth is put together, whatever surrounds it."""
 
@@ -68,6 +73,7 @@ class VggtModel:
         self.attend(AttentionPlan())
 
     def attend(self, plan: AttentionPlan) -> None:
+        suits(plan)
         self.attention = AttentionState(plan)
         for layer, block in enumerate(self.net.aggregator.global_blocks):
             assert isinstance(block, Block)
@@ -240,6 +246,9 @@ class Vggt:
         network.point_head, network.config = None, replace(network.config, point_head=False)
         settle(network, device, dtype, dtype)
         return VggtModel(network, read_limits(folder))
+
+    def suits(self, network: nn.Module, plan: AttentionPlan) -> None:
+        suits(plan)
 
     def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> VggtModel:
         """On a CPU, int8 layers are fastest fed with float32, and the dense heads with bfloat16 where it has that.

@@ -37,7 +37,9 @@ from quant_runtime.attention import AttentionPlan, AttentionState, SharedState, 
 from quant_runtime.convert import prepare
 from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.linear import QuantLinear, fusable, fuse
+from quant_runtime.memory import room
 from quant_runtime.paged import Read, page
+from quant_runtime.residual import Place
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.tensor_files import TensorFiles, fill
 
@@ -54,6 +56,8 @@ PROMPTS = (  # where a checkpoint names none of its own
     "A potter shapes a clay bowl on a spinning wheel, hands in focus",
     "Time-lapse of clouds passing over a wheat field",
 )
+
+STEP_TENSORS = 24  # a step's own memory, in tensors of its tokens' width: HunyuanVideo takes 17, and a refresh 3 more
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
 Prompts = Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
@@ -174,11 +178,77 @@ class VideoModel(ABC):
 
     def attend(self, plan: AttentionPlan) -> None:
         """Each network gets a state of its own: what is kept of its layers is not another's."""
+        self.suits(self.network, plan)
         states = {prefix.removesuffix("."): AttentionState(plan) for prefix in networks(self.network)}
         self.attention = SharedState(states) if len(states) > 1 else states[""]
         for network, state in zip(networks(self.network).values(), states.values(), strict=True):
             for layer, attention in enumerate(self.attentions(network).values()):
                 attention.set_processor(self.processor(layer, self, state))
+
+    @classmethod
+    def suits(cls, network: nn.Module, plan: AttentionPlan) -> None:
+        """Refuses a residual whose rank is above the size of the heads."""
+        parts: list[Any] = [*networks(network).values()]
+        for size in (part.config.attention_head_dim for part in parts):
+            if plan.residual is not None and plan.residual.order == 2 and plan.residual.rank > size:
+                raise ValueError(
+                    f"a residual's rank is at most the size of this model's heads, {size}; got {plan.residual.rank}"
+                )
+
+    @abstractmethod
+    def expected(self, inputs: VideoInputs) -> TokenLayout:
+        """What `layout` will be, with as much text as there may be."""
+
+    def grid(self, inputs: VideoInputs, patch: Sequence[int]) -> tuple[int, int, int]:
+        """Frames, height and width of a film's tokens, where a patch is so many latents of each."""
+        latent = (inputs.frames - 1) // self.pipe.vae_scale_factor_temporal + 1
+        sides = [side // self.pipe.vae_scale_factor_spatial for side in (inputs.height, inputs.width)]
+        frames, height, width = (n // p for n, p in zip((latent, *sides), patch, strict=True))
+        return frames, height, width
+
+    def sequences(self, inputs: VideoInputs) -> int:
+        """How many a step runs through a network, in one pass or in several: another one is what guides away."""
+        return 2 if inputs.guidance > 1 else 1
+
+    def residual_bytes(self, inputs: VideoInputs) -> int:
+        """What the plan caches of what sparse attention loses takes in all, for a film of these inputs."""
+        plan, tokens = self.attention.plan, self.expected(inputs).tokens
+        if plan.residual is None:
+            return 0
+        most = 0
+        for network in networks(self.network).values():  # of those that take turns one holds a cache
+            made: Any = network
+            heads, size = made.config.num_attention_heads, made.config.attention_head_dim
+            layers = len(set(range(len(self.attentions(made)))) - set(plan.dense_layers))
+            most = max(most, layers * plan.residual.bytes(tokens, heads, size, made.dtype.itemsize))
+        return most * self.sequences(inputs)
+
+    def place(self, inputs: VideoInputs) -> Place | None:
+        """Where the residual goes: where the plan says, or, of `auto`, on the device if it has room beside a step.
+
+        Refuses what has no room where the plan says.
+        """
+        residual, free = self.attention.plan.residual, room(self._device())
+        if residual is None or residual.place == "host":
+            return None if residual is None else "host"
+        needed = self.residual_bytes(inputs)
+        first: Any = next(iter(networks(self.network).values()))
+        config = first.config
+        width = config.num_attention_heads * config.attention_head_dim
+        step = STEP_TENSORS * 2 * self.expected(inputs).tokens * width * self.sequences(inputs)
+        if free is None or needed + step <= free:
+            return "device"
+        if residual.place == "auto":
+            return "host"
+        raise BadInput(
+            "frames",
+            f"a film of this size takes {needed / 2**30:.1f} GiB for the residual of sparse attention and "
+            f"{step / 2**30:.1f} GiB for a step, and {free / 2**30:.1f} GiB are free beside the weights: take fewer "
+            "frames or a smaller picture, or make the artifact with --residual-place auto, or with --residual-bits 8",
+        )
+
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
 
     def layers(self) -> list[str]:
         return self.linears(self.network)
@@ -263,19 +333,21 @@ class VideoModel(ABC):
         video_files.write_mp4(film.frames, folder / "video.mp4", inputs.fps)
         video_files.write_poster(film.frames, folder / "poster.jpg")
         seconds = film.seconds | {"total": time.perf_counter() - begun}
+        cached = self.attention.density().residual
         return Outputs(
             (
                 OutputFile("video.mp4", "video/mp4", folder / "video.mp4"),
                 OutputFile("poster.jpg", "image/jpeg", folder / "poster.jpg"),
                 run_record.write(folder, inputs, self, seconds, tokens=self.layout.tokens),
-            )
+            ),
+            {} if cached is None else {cached.place: cached.bytes},
         )
 
     @torch.inference_mode()
     def film(self, inputs: VideoInputs, on_step: OnStep) -> Film:
         """The same inputs on the same device give the same film; noise is drawn on the CPU."""
         self.check(inputs)
-        self.attention.start(inputs.steps)
+        self.attention.start(inputs.steps, self.place(inputs))
         clock = Clock()
         asked = self.asked(inputs)
         clock.lap("text")
@@ -285,6 +357,7 @@ class VideoModel(ABC):
             if step + 1 < inputs.steps:
                 self.attention.at(step + 1)
             else:
+                self.attention.finish()  # decoding has the memory
                 clock.lap("denoise")
             return tensors
 
@@ -538,6 +611,9 @@ class PipelineFamily(ABC, Generic[M]):
 
     def linears(self, network: nn.Module) -> list[str]:
         return self.model.linears(network)
+
+    def suits(self, network: nn.Module, plan: AttentionPlan) -> None:
+        self.model.suits(network, plan)
 
     def limits(self, folder: Path) -> VideoLimits:
         return self.served(folder).limits

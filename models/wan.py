@@ -137,6 +137,9 @@ class WanModel(VideoModel):
         self.layout = TokenLayout(frames, height, width)
         return given
 
+    def expected(self, inputs: VideoInputs) -> TokenLayout:
+        return TokenLayout(*self.grid(inputs, self.pipe.transformer.config.patch_size))
+
     def pipeline(self, inputs: VideoInputs) -> Any:
         return self.from_text if inputs.image is None else self.from_image
 

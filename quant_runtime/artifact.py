@@ -28,6 +28,7 @@ from quant_runtime.convert import LayerReport, prepare
 from quant_runtime.formats import QuantFormat
 from quant_runtime.linear import LinearSpec
 from quant_runtime.methods import METHODS, Method
+from quant_runtime.residual import Place, Refresh, Residual, ResidualUse
 from quant_runtime.sparsity import POLICIES
 from quant_runtime.tensor_files import TensorFiles, fill
 
@@ -96,6 +97,44 @@ class Named(_Strict):
         return cls(name=name, fields=json.loads(json.dumps(dataclasses.asdict(value))))
 
 
+class RefreshRecord(_Strict):
+    """One step whose loss was kept. Norms are relative to the dense answer's, over all layers and passes."""
+
+    step: int
+    first: float  # of what sparse attention lost
+    second: float | None  # of the difference to what it lost at the refresh before; None where there was none
+    fell_back: int  # calls whose difference was not smaller, and was left out
+
+    @classmethod
+    def of(cls, refresh: Refresh) -> RefreshRecord:
+        second = None if refresh.second is None else float(f"{refresh.second:.4g}")
+        return cls(step=refresh.step, first=float(f"{refresh.first:.4g}"), second=second, fell_back=refresh.fell_back)
+
+
+class ResidualRecord(_Strict):
+    """How what sparse attention loses is cached, and what of a run was."""
+
+    interval: int
+    order: Literal[1, 2]
+    rank: int
+    bits: Literal[8, 16]
+    place: Literal["device", "host", "auto"]
+    placed: Place | None = None  # where it lay
+    bytes: int | None = None  # that it took at most
+    refreshes: tuple[RefreshRecord, ...] = ()
+
+    @classmethod
+    def of(cls, residual: Residual, use: ResidualUse | None) -> ResidualRecord:
+        its = dataclasses.asdict(residual)
+        if use is None:
+            return cls(**its)
+        refreshes = tuple(RefreshRecord.of(refresh) for refresh in use.refreshes)
+        return cls(**its, placed=use.place, bytes=use.bytes, refreshes=refreshes)
+
+    def residual(self) -> Residual:
+        return Residual(self.interval, self.order, self.rank, self.bits, self.place)
+
+
 class AttentionRecord(_Strict):
     """How self-attention runs, and the density that was measured when the artifact was made."""
 
@@ -105,6 +144,7 @@ class AttentionRecord(_Strict):
     qk_bits: Literal[8, 16]
     dense_qk_bits: Literal[8, 16]
     pv_bits: Literal[8, 16] = 16
+    residual: ResidualRecord | None = None
     sparse_density: float | None = None
     effective_density: float | None = None
     network_densities: dict[str, float] = {}  # the effective one of each network, where several take turns
@@ -119,6 +159,7 @@ class AttentionRecord(_Strict):
             qk_bits=plan.qk_bits,
             dense_qk_bits=plan.dense_qk_bits,
             pv_bits=plan.pv_bits,
+            residual=ResidualRecord.of(plan.residual, density.residual if density else None) if plan.residual else None,
             sparse_density=density.sparse if density else None,
             effective_density=density.effective if density else None,
             network_densities=dict(density.networks) if density else {},
@@ -126,13 +167,17 @@ class AttentionRecord(_Strict):
         )
 
     def plan(self) -> AttentionPlan:
-        """Refuses a policy or a field that this version does not know."""
+        """Refuses a policy or a field that this version does not know, and values that do not go together."""
         try:
             policy = fields.build(POLICIES, self.policy.name, self.policy.fields)
         except ValueError as error:
             raise ArtifactError(f"{MANIFEST}: attention.policy: {error}") from None
         bits = (self.qk_bits, self.dense_qk_bits, self.pv_bits)
-        return AttentionPlan(policy, self.warmup, self.dense_layers, *bits)
+        try:
+            residual = self.residual.residual() if self.residual else None
+            return AttentionPlan(policy, self.warmup, self.dense_layers, *bits, residual)
+        except ValueError as error:
+            raise ArtifactError(f"{MANIFEST}: attention: {error}") from None
 
 
 class LoraRecord(_Strict):

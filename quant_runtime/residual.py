@@ -46,6 +46,10 @@ class Residual:
                 told = ", ".join(map(str, known))
                 raise ValueError(f"a residual's {name} is one of {told}; got {getattr(self, name)}")
 
+    def words(self) -> str:
+        order = "first order" if self.order == 1 else f"second order of rank {self.rank}"
+        return f"refreshed after {self.interval} sparse steps, {order}, {self.bits} bits"
+
     def due(self, step: int, warm: int) -> bool:
         """Whether the step is a refresh of the schedule: the last of `warm` dense ones, or the first of all, and on."""
         return step >= _first(warm) and (step - _first(warm)) % (self.interval + 1) == 0
@@ -311,13 +315,13 @@ def _tensors(entry: Entry) -> list[Tensor]:
     return tensors
 
 
-@dataclass
 class _Slot:
     """Memory on the device that one entry's `dense` is brought to."""
 
-    rows: Rows
-    ready: torch.cuda.Event
-    key: Key | None = None
+    def __init__(self) -> None:
+        self.rows: Rows | None = None
+        self.ready = torch.cuda.Event()
+        self.key: Key | None = None
 
 
 class _OnHost:
@@ -329,7 +333,7 @@ class _OnHost:
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._held: dict[Key, Entry] = {}
-        self._slots: list[_Slot] = []
+        self._slots = (_Slot(), _Slot())
         self._put: torch.cuda.Event | None = None
         self.bytes = 0
 
@@ -361,31 +365,31 @@ class _OnHost:
 
     def dense_of(self, key: Key) -> Rows:
         now = torch.cuda.current_stream(self._device)
-        if not self._slots or self._slots[0].rows.values.shape != self._held[key].dense.values.shape:
-            self._slots = [_Slot(_empty(self._held[key].dense, self._device), torch.cuda.Event()) for _ in range(2)]
-        mine = next((slot for slot in self._slots if slot.key == key), None)
-        if mine is None:
-            mine = self._slots[0]
-            self._bring(key, mine, now)
+        mine = next((slot for slot in self._slots if slot.key == key), self._slots[0])
         other = self._slots[1] if mine is self._slots[0] else self._slots[0]
+        rows = self._bring(key, mine, now)
         self._bring(self._following(key), other, now)
         now.wait_event(mine.ready)
-        return mine.rows
+        return rows
 
     def _following(self, key: Key) -> Key:
         """In the order in which they were put first, which is that of a step's calls; behind the last, the first."""
         keys = list(self._held)
         return keys[(keys.index(key) + 1) % len(keys)]
 
-    def _bring(self, key: Key, slot: _Slot, now: torch.cuda.Stream) -> None:
-        if slot.key == key:
-            return
-        self._stream.wait_stream(now)  # whoever read the slot before
-        with torch.cuda.stream(self._stream):
-            for ours, theirs in zip(slot.rows.tensors(), self._held[key].dense.tensors(), strict=True):
-                ours.copy_(theirs, non_blocking=True)
-            slot.ready.record(self._stream)
-        slot.key = key
+    def _bring(self, key: Key, slot: _Slot, now: torch.cuda.Stream) -> Rows:
+        dense = self._held[key].dense
+        if slot.rows is None or slot.rows.values.shape != dense.values.shape:
+            slot.rows, slot.key = _empty(dense, self._device), None
+        if slot.key != key:
+            self._stream.wait_stream(now)  # whoever read the slot before
+            with torch.cuda.stream(self._stream):
+                for ours, theirs in zip(slot.rows.tensors(), dense.tensors(), strict=True):
+                    ours.copy_(theirs, non_blocking=True)
+                    ours.record_stream(self._stream)
+                slot.ready.record(self._stream)
+            slot.key = key
+        return slot.rows
 
 
 def _pinned(entry: Entry) -> Entry:

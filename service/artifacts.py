@@ -33,8 +33,13 @@ class _Layer(_Part):
     format: str
 
 
+class _Residual(_Part):
+    bytes: int | None = None
+
+
 class _Attention(_Part):
     effective_density: float | None = None
+    residual: _Residual | None = None
 
 
 class _Serving(_Part):
@@ -65,6 +70,7 @@ def read(folder: Path) -> Found:
     try:
         manifest = _Manifest.model_validate_json(path.read_bytes())
         formats = Counter(layer.format for layer in manifest.layers.values()).most_common(1)
+        residual = manifest.attention and manifest.attention.residual
         info = ArtifactInfo.model_validate(
             {
                 "name": manifest.name or re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name),
@@ -75,6 +81,7 @@ def read(folder: Path) -> Found:
                 "density": manifest.density or (manifest.attention and manifest.attention.effective_density),
                 "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
                 "limits": manifest.serving.limits,
+                "cache_bytes": (residual and residual.bytes) or 0,
                 "quality": manifest.quality,
             }
         )

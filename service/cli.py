@@ -161,6 +161,27 @@ def quantize(
     qk_bits: Annotated[int, typer.Option(help="Of q and k in sparse attention: 8 or 16.")] = 8,
     dense_qk_bits: Annotated[int, typer.Option(help="Of q and k in dense attention: 8 or 16.")] = 16,
     pv_bits: Annotated[int, typer.Option(help="Of values, where q and k have 8: 16, or 8, which are FP8.")] = 16,
+    refresh: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            show_default=False,
+            help="Cache what sparse attention loses, from one dense step over N sparse ones to the next.",
+        ),
+    ] = None,
+    residual_order: Annotated[
+        int | None, typer.Option(help="1: what the last refresh lost; 2: and its trend. [2]", show_default=False)
+    ] = None,
+    residual_rank: Annotated[
+        int | None, typer.Option(help="Of the trend, at most the size of the heads. [16]", show_default=False)
+    ] = None,
+    residual_bits: Annotated[
+        int | None, typer.Option(help="8: int8; 16: as values come. [8]", show_default=False)
+    ] = None,
+    residual_place: Annotated[
+        str | None,
+        typer.Option(help="device, host, or auto: host where the GPU has no room. [device]", show_default=False),
+    ] = None,
     calibration_samples: Annotated[int, typer.Option(min=1, help="Runs to calibrate with.")] = 4,
     judging_samples: Annotated[int, typer.Option(min=0, help="Runs to measure quality with; 0 measures none.")] = 2,
     option: Annotated[
@@ -184,7 +205,9 @@ def quantize(
     with _told_in_one_line():
         from service import offline
 
-        plan = offline.plan(sparsity, warmup, qk_bits, dense_qk_bits, pv_bits)
+        asked = {"order": residual_order, "rank": residual_rank, "bits": residual_bits, "place": residual_place}
+        residual = offline.residual(refresh, **asked)
+        plan = offline.plan(sparsity, warmup, qk_bits, dense_qk_bits, pv_bits, residual)
         given = (option or [], plan, calibration_samples, judging_samples, keep or [], lora or [])
         recipe = offline.recipe(method, bits or [], *given)
         device = device or os.environ.get("LOWBIT_DEVICE", "auto")

@@ -67,6 +67,9 @@ stage_seconds = _histogram("stage_duration_seconds", "fetch, load, run, upload",
 artifact_load_seconds = _gauge("artifact_load_seconds", "How long the last load of an artifact took", "artifact")
 denoise_step_seconds = _histogram("denoise_step_seconds", "Between two steps of a video", STEP_SECONDS, "artifact")
 recon_frames = _histogram("recon_frames", "Views of a scene", VIEWS, "artifact")
+cache_bytes = _gauge(
+    "cache_bytes", "What the last job cached of what its attention lost, on the device or the host", "artifact", "place"
+)
 artifact = _gauge(
     "artifact_info", "1 for each artifact a worker holds", "artifact", "family", "method", "bits", "density"
 )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -38,6 +39,7 @@ from quant_runtime.formats import W8A8, W16A16, QuantFormat
 from quant_runtime.kernels._cpu import keep_freed_memory
 from quant_runtime.linear import LinearSpec
 from quant_runtime.methods import METHODS
+from quant_runtime.residual import Residual
 from quant_runtime.rules import Rule
 from quant_runtime.sparsity import POLICIES
 from service.settings import DEVICE
@@ -90,7 +92,14 @@ def _formats(bits: Sequence[str]) -> tuple[QuantFormat, list[Rule]]:
     return QuantFormat.parse(plain[0]) if plain else W8A8, rules
 
 
-def plan(sparsity: str, warmup: float, qk_bits: int, dense_qk_bits: int, pv_bits: int = 16) -> AttentionPlan:
+def plan(
+    sparsity: str,
+    warmup: float,
+    qk_bits: int,
+    dense_qk_bits: int,
+    pv_bits: int = 16,
+    residual: Residual | None = None,
+) -> AttentionPlan:
     """`dense`, or POLICY:density with further fields behind commas: `topk:0.25,block=64`."""
     name, _, rest = sparsity.partition(":")
     first, *others = rest.split(",") if rest else [""]
@@ -104,7 +113,19 @@ def plan(sparsity: str, warmup: float, qk_bits: int, dense_qk_bits: int, pv_bits
         raise ValueError(
             "--pv-bits 8 goes with q and k of 8 bits: --dense-qk-bits 8, or a sparse policy and --qk-bits 8"
         )
-    return AttentionPlan(policy, warmup, qk_bits=sparse, dense_qk_bits=dense, pv_bits=values)
+    if residual is not None and name == "dense":
+        raise ValueError("--refresh is for what sparse attention loses, and --sparsity is dense")
+    return AttentionPlan(policy, warmup, qk_bits=sparse, dense_qk_bits=dense, pv_bits=values, residual=residual)
+
+
+def residual(refresh: int | None, **given: Any) -> Residual | None:
+    """None without --refresh, which the other options of a residual go with; those left out are its defaults."""
+    settings = {name: value for name, value in given.items() if value is not None}
+    if refresh is None:
+        if settings:
+            raise ValueError(f"--residual-{next(iter(settings))} goes with --refresh, the steps between two refreshes")
+        return None
+    return Residual(refresh, **settings)
 
 
 def _bits(option: str, given: int) -> QkBits:
@@ -234,10 +255,17 @@ def rows(manifest: Manifest) -> list[tuple[str, str]]:
         if its.pv_bits == 8 and its.fp8_calls is not None:
             bits += f" in {its.fp8_calls:.0%} of calls"
         lines.append(("attention", _named(its.policy) + measured + bits))
+        if its.residual is not None:
+            lines.append(("residual", _cached(its.residual)))
     for name, value in manifest.quality.items():
         lines.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
     lines.append(("made by", manifest.runtime))
     return lines
+
+
+def _cached(its: artifact.ResidualRecord) -> str:
+    said = f"{its.residual().words()}, {its.placed or its.place}"
+    return said if its.bytes is None else f"{said}; {its.bytes:,} bytes for a film of the default size"
 
 
 def _merged(lora: LoraRecord) -> str:

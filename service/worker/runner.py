@@ -20,6 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol, TypeVar
 
+import structlog
+
 from models.base import BadInput, Generator, OutputFile, Outputs, SceneInputs, VideoInputs
 from service import metrics
 from service.artifacts import Found
@@ -45,6 +47,7 @@ from service.worker.inputs import decode_image, sample_video
 
 LONGEST_DETAIL = 500  # characters of an exception that a caller is shown
 
+_log = structlog.get_logger()
 T = TypeVar("T")
 
 
@@ -112,6 +115,10 @@ class Runner:
                     await self._thread.call(lambda: self._switch(job.artifact))
             with _stage("run", watch):
                 outputs = await self._thread.call(lambda: self._generate(inputs, folder / "out", watch))
+            if outputs.cached:
+                for place in ("device", "host"):
+                    metrics.cache_bytes.labels(job.artifact, place).set(outputs.cached.get(place, 0))
+                _log.info("residual_cached", job=job.id, artifact=job.artifact, **outputs.cached)
             with _stage("upload", watch):
                 return [await self._store(job, file, watch) for file in _checked(outputs.files)]
 

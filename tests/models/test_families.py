@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from safetensors.torch import load_file
 from models import load, registry
 from models.video import networks
 from quant_runtime import quality
+from quant_runtime.attention import AttentionPlan
 from quant_runtime.linear import QuantLinear
+from quant_runtime.residual import Residual
+from quant_runtime.sparsity.topk import TopK
 from tests.models import films
 from tests.models.films import CASES, FLOAT32, RECIPES, ROUNDING, apart, nothing
 from tests.support import relative_error
@@ -85,6 +89,40 @@ def test_from_one_seed_it_films_the_same_in_bfloat16_as_on_a_gpu(case, checkpoin
     assert {network.dtype for network in networks(half.network).values()} == {torch.bfloat16}
     got, want = (torch.from_numpy(m.film(case.inputs(checkpoint), nothing).frames) for m in (half, model))
     assert quality.psnr(want, got) > HALF_PSNR
+
+
+def test_what_a_residual_takes_is_known_before_it_is_taken_and_then_it_is_gone(case, checkpoint, model):
+    asked = case.inputs(checkpoint, steps=6)
+    model.attend(AttentionPlan(TopK(0.5, block=16), qk_bits=16, residual=Residual(1, rank=4)))
+    told = model.residual_bytes(asked)
+    assert model.residual_bytes(case.inputs(checkpoint, guidance=1.0)) == told / model.sequences(asked)
+    model.film(asked, nothing)
+    expected, taken = model.expected(asked), model.attention.density().residual.bytes
+    assert replace(model.layout, text=expected.text) == expected
+    assert told * model.layout.tokens / expected.tokens - 8192 <= taken <= told, "shorter texts take less"
+    states = getattr(model.attention, "states", {"": model.attention})
+    assert all(state.cache.empty for state in states.values())
+    model.attend(AttentionPlan())
+    assert (model.residual_bytes(asked), model.place(asked)) == (0, None)
+
+
+def test_a_film_with_a_residual_is_nearer_the_dense_one(case, checkpoint, model):
+    asked = case.inputs(checkpoint, steps=8)
+    films = {}
+    for name, its in {"none": None, "first": Residual(2, 1), "second": Residual(2, rank=4)}.items():
+        model.attend(AttentionPlan(TopK(0.3, block=16), 0.25, qk_bits=16, residual=its))
+        films[name] = torch.from_numpy(model.film(asked, nothing).frames)
+    model.attend(AttentionPlan())
+    dense = torch.from_numpy(model.film(asked, nothing).frames)
+    psnr = {name: quality.psnr(dense, film) for name, film in films.items()}
+    assert psnr["none"] < min(psnr["first"], psnr["second"]), psnr
+
+
+def test_a_rank_above_the_size_of_the_heads_is_refused(case, model):
+    with pytest.raises(ValueError, match=r"at most the size of this model's heads, .*; got 300"):
+        case.family.suits(model.network, AttentionPlan(TopK(), residual=Residual(rank=300)))
+    with pytest.raises(ValueError, match="got 300"):
+        model.attend(AttentionPlan(TopK(), residual=Residual(rank=300)))
 
 
 @COMPRESSED

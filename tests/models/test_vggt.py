@@ -20,6 +20,7 @@ from quant_runtime.formats import W4A8, W8A8, W16A16, QuantFormat
 from quant_runtime.kernels._cpu import cpu_has_bfloat16
 from quant_runtime.linear import QuantLinear
 from quant_runtime.methods import METHODS, Rtn
+from quant_runtime.residual import Residual
 from quant_runtime.rules import Rule
 from quant_runtime.sparsity.topk import TopK
 from tests.support import relative_error
@@ -83,6 +84,11 @@ def pictures(tmp_path):
         Image.fromarray(pixels).save(tmp_path / name)
         paths.append(tmp_path / name)
     return tuple(paths)
+
+
+def test_a_residual_is_refused():
+    with pytest.raises(ValueError, match="one step, which leaves no residual to another: leave it out"):
+        Vggt().suits(torch.nn.Module(), AttentionPlan(TopK(), residual=Residual()))
 
 
 def test_a_checkpoint_is_known_by_its_config(checkpoint, tmp_path):

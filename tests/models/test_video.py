@@ -1,16 +1,25 @@
-"""How a pipeline's transformer is loaded: as diffusers loads it, and strictly."""
+"""How a pipeline's transformer is loaded: as diffusers loads it, and strictly. Where its residual goes."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from models import registry, synthetic
+from models import compress, registry, stream, synthetic, video
+from models.base import BadInput
+from models.compress import Recipe
 from models.wan import Wan
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.formats import W8A8
+from quant_runtime.methods import Rtn
+from quant_runtime.residual import Residual
+from quant_runtime.sparsity.topk import TopK
+from tests.models.films import inputs
 from tests.models.synthetics import NAME, WAN, nothing, renamed, shard_of
 
 KEY = "blocks.1.ffn.net.2.weight"
@@ -115,3 +124,51 @@ def test_a_folder_that_holds_its_transformer_alone_is_no_pipeline(tmp_path):
     said = r"c is no whole WanPipeline: its model_index.json has no tokenizer, text_encoder, vae, scheduler\..*--stream"
     with pytest.raises(ValueError, match=said):
         Wan().load(tmp_path / "c", "cpu", torch.float32)
+
+
+RESIDUAL = Residual(1, rank=4)
+
+
+def with_residual(tiny, **fields):
+    model = Wan().load(tiny / "wan", "cpu", torch.float32)
+    model.attend(AttentionPlan(TopK(0.5, block=16), residual=replace(RESIDUAL, **fields)))
+    return model
+
+
+@pytest.mark.parametrize(("place", "placed"), [("device", "device"), ("auto", "device"), ("host", "host")])
+def test_a_residual_goes_where_the_plan_says_while_there_is_room(tiny, place, placed, tmp_path):
+    model = with_residual(tiny, place=place)
+    outputs = model.run(inputs(), tmp_path, nothing)
+    assert outputs.cached == {placed: model.attention.density().residual.bytes}
+    record = json.loads((tmp_path / "run.json").read_text())["attention"]["residual"]
+    assert (record["place"], record["placed"], record["bytes"]) == (place, placed, outputs.cached[placed])
+    assert [refresh["step"] for refresh in record["refreshes"]] == [0], "the other step is sparse"
+    assert record["refreshes"][0]["first"] > 0
+
+
+def test_a_residual_that_has_no_room_goes_to_the_host_where_it_may_and_is_refused_where_it_may_not(tiny, monkeypatch):
+    model, asked = with_residual(tiny), inputs()
+    config = model.network.config
+    width = config.num_attention_heads * config.attention_head_dim
+    needed = model.residual_bytes(asked) + video.STEP_TENSORS * 2 * model.expected(asked).tokens * width * 2
+    monkeypatch.setattr(video, "room", lambda device: needed)
+    assert model.place(asked) == "device"
+    monkeypatch.setattr(video, "room", lambda device: needed - 1)
+    with pytest.raises(BadInput, match=r"GiB are free beside the weights: take fewer frames .* --residual-place auto"):
+        model.film(asked, nothing)
+    model.place(inputs(frames=5))  # there is room for that
+    assert with_residual(tiny, place="auto").place(asked) == "host"
+    assert with_residual(tiny, place="host").place(asked) == "host"
+
+
+def test_a_plan_that_cannot_run_is_refused_before_anything_is_read_or_written(tiny, tmp_path):
+    recipe = Recipe(Rtn(), W8A8, AttentionPlan(TopK(), residual=Residual(rank=64)))
+    words = {"base": "tiny", "device": "cpu"}
+    with pytest.raises(ValueError, match="at most the size of this model's heads"):
+        compress.compress(
+            Wan(), tiny / "wan", recipe, tmp_path / "out", on_progress=lambda *_: pytest.fail("too late"), **words
+        )
+    given = (Rtn(), W8A8, recipe.attention, tmp_path / "out")
+    with pytest.raises(ValueError, match="at most the size of this model's heads"):
+        stream.compress(Wan(), tiny / "wan", *given, on_bytes=lambda *_: pytest.fail("too late"), **words)
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from quant_runtime.attention import AttentionPlan, Density
 from quant_runtime.calibrate import fingerprint, observe
 from quant_runtime.convert import convert
 from quant_runtime.methods import QuaRot, Rtn, SmoothQuant
+from quant_runtime.residual import Refresh, Residual, ResidualUse
 from quant_runtime.sparsity.topk import TopK
 
 NAMES = ["0", "2"]
@@ -165,6 +166,35 @@ def test_a_policy_that_this_version_does_not_know_is_refused(made):
     change(folder / "manifest.json", attention=attention)
     with pytest.raises(ArtifactError, match=r"attention\.policy: topk has no field 'warmth'"):
         artifact.read_manifest(folder).attention.plan()
+
+
+def test_a_residual_goes_through_the_manifest_with_what_was_measured_of_it():
+    plan = AttentionPlan(TopK(0.15), 0.1, residual=Residual(3, 2, 8, 16, "auto"))
+    use = ResidualUse((Refresh(0, 0.123456, None), Refresh(4, 0.2, 0.1, 2)), 1234, "host")
+    record = AttentionRecord.of(plan, Density(0.23, 0.15, residual=use))
+    assert record.plan() == plan
+    again = AttentionRecord.model_validate_json(record.model_dump_json())
+    assert again == record
+    assert (again.residual.placed, again.residual.bytes) == ("host", 1234)
+    assert [(r.step, r.first, r.second, r.fell_back) for r in again.residual.refreshes] == [
+        (0, 0.1235, None, 0),
+        (4, 0.2, 0.1, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"residual": {"interval": 0}}, "attention: a residual's interval is at least 1; got 0"),
+        ({"policy": {"name": "dense", "fields": {}}}, "attention: a residual is what sparse attention loses"),
+    ],
+)
+def test_a_residual_that_cannot_be_is_refused_by_the_field(change, said):
+    record = AttentionRecord.of(AttentionPlan(TopK(), residual=Residual())).model_dump()
+    for name, fields in change.items():
+        record[name] |= fields
+    with pytest.raises(ArtifactError, match=said):
+        AttentionRecord.model_validate(record).plan()
 
 
 def test_nothing_stands_under_the_name_after_a_failure(tmp_path, made):

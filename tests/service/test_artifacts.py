@@ -26,13 +26,18 @@ def test_what_serving_does_not_need_is_left_to_the_loader(tmp_path):
         "runtime": "quant_runtime 0.1.0",
         "method": {"name": "smoothquant", "fields": {"alpha": 0.5}},
         "layers": {f"blocks.{i}": {"format": "W8A8" if i == 0 else "W4A8", "bytes": 9} for i in range(3)},
-        "attention": {"policy": {"name": "topk"}, "effective_density": 0.3},
+        "attention": {
+            "policy": {"name": "topk"},
+            "effective_density": 0.3,
+            "residual": {"interval": 5, "bytes": 4096, "placed": "host"},
+        },
         "files": {},
     }
     manifest["serving"]["guidance_scale"] = "the family's own"
     (folder / "manifest.json").write_text(json.dumps(manifest))
     info = read(folder).info
     assert (info.name, info.method, info.bits, info.density) == ("My-film-2", "smoothquant", "W4A8", 0.3)
+    assert info.cache_bytes == 4096
 
 
 @pytest.mark.parametrize(

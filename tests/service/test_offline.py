@@ -16,6 +16,7 @@ from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W3A8, W4A8, W8A8, W16A16
 from quant_runtime.kernels.unpack import packed_bytes
 from quant_runtime.methods import QuaRot, Rtn
+from quant_runtime.residual import Residual
 from quant_runtime.rules import Rule
 from quant_runtime.sparsity.dense import Dense
 from quant_runtime.sparsity.topk import TopK
@@ -53,6 +54,21 @@ def test_bits_of_q_and_k_that_no_kernel_has_are_refused_by_the_option():
     for given in (("dense", 0.0, 8, 16, 8), ("topk:0.5", 0.0, 16, 16, 8)):
         with pytest.raises(ValueError, match="--pv-bits 8 goes with q and k of 8 bits"):
             offline.plan(*given)
+
+
+def test_a_residual_is_its_interval_and_what_else_is_said_of_it():
+    its = offline.residual(5, order=None, rank=8, bits=None, place="auto")
+    assert its == Residual(5, 2, 8, 8, "auto")
+    assert offline.plan("topk:0.3", 0.1, 8, 16, 16, its) == AttentionPlan(TopK(0.3), 0.1, residual=its)
+    assert offline.residual(None, order=None, rank=None, bits=None, place=None) is None
+    with pytest.raises(ValueError, match="--residual-bits goes with --refresh"):
+        offline.residual(None, order=None, rank=None, bits=16, place=None)
+    with pytest.raises(ValueError, match="order is one of 1, 2; got 3"):
+        offline.residual(5, order=3)
+    with pytest.raises(ValueError, match="interval is at least 1; got 0"):
+        offline.residual(0)
+    with pytest.raises(ValueError, match="--refresh is for what sparse attention loses"):
+        offline.plan("dense", 0.1, 8, 16, 16, its)
 
 
 def test_fields_of_a_method_are_set_by_name():

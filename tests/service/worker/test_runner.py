@@ -8,6 +8,7 @@ import json
 import tempfile
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -120,6 +121,21 @@ async def test_how_long_a_load_took_is_told(make, queue):
     metrics.artifact_load_seconds.clear()
     await make(load=slowly).run(await job_of(queue, "video", video_task()), Watch("video", "film"))
     assert 0.05 <= metrics.REGISTRY.get_sample_value("lowbit_artifact_load_seconds", asked) < 5
+
+
+async def test_what_a_job_cached_and_where_is_told(make, queue, monkeypatch):
+    run = toy.Toy.run
+    took = [{"device": 4096}, {"host": 1024}]
+    monkeypatch.setattr(toy.Toy, "run", lambda self, *given: replace(run(self, *given), cached=took.pop(0)))
+    runner = make()
+
+    async def told():
+        await runner.run(await job_of(queue, "video", video_task()), Watch("video", "film"))
+        places = ({"artifact": "film", "place": place} for place in ("device", "host"))
+        return [metrics.REGISTRY.get_sample_value("lowbit_cache_bytes", place) for place in places]
+
+    assert await told() == [4096, 0]
+    assert await told() == [0, 1024]
 
 
 async def test_the_model_s_folder_goes_with_the_run(make, queue, monkeypatch, tmp_path):
