@@ -53,8 +53,7 @@ class Debts:
     def rope(self, doubled: Pair, like: Tensor) -> Pair:
         """Of cos and sin that hold each angle twice, R times D: [R, D / 2], in float16 where `like` has 16 bits."""
         if self._rope is None or self._rope[0] is not doubled[0]:
-            dtype = torch.float32 if like.dtype == torch.float32 else torch.float16
-            cos, sin = (t.squeeze()[:, ::2].to(dtype).contiguous() for t in doubled)
+            cos, sin = (once(t.squeeze()[:, ::2], like) for t in doubled)
             self._rope = (doubled[0], (cos, sin))
         return self._rope[1]
 
@@ -85,6 +84,11 @@ class Streams(Debts):
         if self._joint is not None and self._joint[0] is front and self._joint[1] is behind:
             return self.split(self.settled(self._joint[2]), front.shape[1])
         return self.settled(front), self.settled(behind)
+
+
+def once(turn: Tensor, like: Tensor) -> Tensor:
+    """Cosines or sines as pack_heads takes them, where `like` is turned by them."""
+    return turn.to(torch.float32 if like.dtype == torch.float32 else torch.float16).contiguous()
 
 
 def all_quantized(block: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 The linear layers of all transformer blocks shrink: the encoder's, the alternating frame and global blocks', and the
 camera head's trunk. QuantVGGT (arXiv:2509.21302) speaks of the alternating blocks; the memory that it reports needs the
 others as well. Embedders, dense heads and what is behind the camera's trunk stay in 16 bits. Only global attention is
-quadratic in the number of views, and only it follows the attention plan.
+quadratic in the number of views, and only it is sparse; that inside of frames is dense, in FP8 where the plan has dense
+attention so, and else in 16 bits.
 
 A checkpoint's point head and track head are left out: points come from depth and cameras, which the paper finds nearer
 to the truth.
@@ -16,7 +17,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,15 @@ from models.cameras import decode_pose, encode_pose, relative_to_first
 from models.precision import fast_float
 from models.scene_files import View
 from models.scene_metrics import abs_rel, auc, pose_errors, relative_poses
+from models.vggt_blocks import Planned, pack_blocks
 from models.vggt_images import Placement
-from models.vggt_net import VGGT, Block, Prediction, VGGTConfig, narrow_dense
+from models.vggt_net import VGGT, Attend, Block, Prediction, VGGTConfig, dense, narrow_dense
 from quant_runtime import artifact
 from quant_runtime.artifact import Manifest
-from quant_runtime.attention import AttentionPlan, AttentionState, attend, describe_paths
+from quant_runtime.attention import AttentionPlan, AttentionState, describe_paths
 from quant_runtime.linear import QuantLinear
 from quant_runtime.sparsity.base import TokenLayout
+from quant_runtime.sparsity.dense import Dense
 
 SERVING = "serving.json"  # beside config.json: {"limits": what this checkpoint takes}, where that is not the default
 COMPANIONS = (SERVING, "LICENSE", "README.md")  # of a checkpoint's files, what an artifact takes along
@@ -70,14 +72,26 @@ class VggtModel:
         self.network: nn.Module = net
         self.device = net.aggregator.camera_token.device
         self.kernels = describe_paths(self.device)
+        self.in_16_bits: Attend = dense  # attention inside of frames
         self.attend(AttentionPlan())
 
     def attend(self, plan: AttentionPlan) -> None:
         suits(plan)
         self.attention = AttentionState(plan)
-        for layer, block in enumerate(self.net.aggregator.global_blocks):
-            assert isinstance(block, Block)
-            block.attn.attend = partial(_planned, layer=layer, state=self.attention)
+        self.inside_frames = AttentionState(replace(plan, policy=Dense()))
+        inside = self.net.aggregator
+        for layer, pair in enumerate(zip(inside.frame_blocks, inside.global_blocks, strict=True)):
+            of_frame, of_scene = pair
+            assert isinstance(of_frame, Block)
+            assert isinstance(of_scene, Block)
+            of_frame.attn.attend = Planned(layer, self.inside_frames) if self.packs_frames() else self.in_16_bits
+            of_scene.attn.attend = Planned(layer, self.attention)
+
+    def packs_frames(self) -> bool:
+        """Whether attention inside of frames is in 8 bits throughout."""
+        state, config = self.inside_frames, self.net.config
+        call = state.call(0, TokenLayout(1, 1, 1))
+        return state.plan.packed(call, config.embed_dim // config.num_heads, self.device)
 
     def layers(self) -> list[str]:
         modules = self.network.named_modules()
@@ -137,6 +151,7 @@ class VggtModel:
             on_step(step, of)
 
         self.attention.start(steps=1)
+        self.inside_frames.start(steps=1)
         got: Prediction = self.net(images.to(self.device), chunk=VIEWS_AT_ONCE, on_step=done)
         assert got.depth is not None
         assert got.depth_conf is not None
@@ -180,13 +195,6 @@ class VggtModel:
             return vggt_images.load(inputs.images, config.img_size, config.patch_size, "crop")
         except ValueError as error:
             raise BadInput("images", str(error)) from error
-
-
-def _planned(
-    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout | None, *, layer: int, state: AttentionState
-) -> Tensor:
-    assert layout is not None
-    return attend(q, k, v, layer=layer, layout=layout, state=state)
 
 
 def views_of(
@@ -253,7 +261,8 @@ class Vggt:
     def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> VggtModel:
         """On a CPU, int8 layers are fastest fed with float32, and the dense heads with bfloat16 where it has that.
 
-        So are the attentions inside of a frame; and the camera head's few rows are fastest without int8.
+        So are the attentions inside of a frame; and the camera head's few rows are fastest without int8. What is one
+        pass over memory on a GPU is several on a CPU: there blocks are packed for FP8 alone, which asks for it.
         """
         with torch.device("meta"):
             network = VGGT(vggt_net.read_config(folder / "config.json"))
@@ -262,10 +271,12 @@ class Vggt:
         dtype = torch.float32 if manifest.layers and torch.device(device).type == "cpu" else fast_float(device)
         settle(network, device, dtype, fast_float(device))
         model = VggtModel(network, read_limits(folder))
-        if manifest.layers and torch.device(device).type == "cpu":
-            _spare_small_work(model)
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
+        if manifest.layers and torch.device(device).type == "cpu":
+            _spare_small_work(model)
+        if torch.device(device).type != "cpu" or model.attention.plan.pv_bits == 8:
+            pack_blocks(network)
         return model
 
     def write(self, model: VggtModel, source: Path, target: Path) -> None:
@@ -372,9 +383,13 @@ def _spare_small_work(model: VggtModel) -> None:
             model.net.camera_head.set_submodule(name, plain)
     model.kernels = model.kernels | {"camera head": "float32, the artifact's weights: a row a view"}
     if fast_float("cpu") == torch.bfloat16:
-        for block in (*model.net.aggregator.patch_embed.blocks, *model.net.aggregator.frame_blocks):
+        for block in model.net.aggregator.patch_embed.blocks:
+            assert isinstance(block, Block)
             block.attn.attend = narrow_dense
-        model.kernels = model.kernels | {"attention inside of frames": "bfloat16 products, float32 softmax"}
+        model.in_16_bits = narrow_dense
+        model.attend(model.attention.plan)
+        if not model.packs_frames():
+            model.kernels = model.kernels | {"attention inside of frames": "bfloat16 products, float32 softmax"}
 
 
 def read_limits(folder: Path) -> SceneLimits:

@@ -1,9 +1,11 @@
 """python -m quant_runtime.bench_hopper NAME: the GPU's kernels at the size of HunyuanVideo at 720p, beside baselines.
 
-119,056 tokens: 118,800 of video and 256 of text; 24 heads of 128, inner size 3072. Rows as in quant_runtime/report.py,
-written to docs/results/NAME-cuda.jsonl. Rates are of the operations, or bytes, that the op has to do, whatever it does;
-medians of CUDA events on random inputs. `error` is relative, against float64 on some rows: of random inputs, and with
-one channel in 64 scaled by 30.
+119,056 tokens: 118,800 of video and 256 of text; 24 heads of 128, inner size 3072. `attention_vggt` and
+`attention_cogvideox` have heads of 64, as many and as long as those of VGGT with 100 views and of CogVideoX-5B.
+
+Rows as in quant_runtime/report.py, written to docs/results/NAME-cuda.jsonl. Rates are of the operations, or bytes, that
+the op has to do, whatever it does; medians of CUDA events on random inputs. `error` is relative, against float64 on
+some rows: of random inputs, and with one channel in 64 scaled by 30.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import math
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,22 @@ DENSITIES = (0.1, 0.15, 0.25)
 SAMPLED = 256  # rows that an error is taken over
 
 Rows = Iterator[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one attention."""
+
+    heads: int
+    tokens: int
+    size: int
+    always: slice  # tokens that every query sees
+    densities: tuple[float, ...]
+
+
+HUNYUAN = Shape(HEADS, TOKENS, SIZE, slice(TOKENS - TEXT, TOKENS), DENSITIES)
+VGGT = Shape(16, 100 * 1374, 64, slice(0, 100 * 5), (0.25,))  # 100 views of 518 x 518: 37 x 37 patches and five tokens
+COGVIDEOX = Shape(48, 226 + 17_550, 64, slice(0, 226), (0.25,))  # 49 frames of 720 x 480, behind their text
 
 
 def gemm(device: torch.device, rounds: int) -> Rows:
@@ -80,26 +99,26 @@ def gemm(device: torch.device, rounds: int) -> Rows:
         yield rate(f"{case} INT8", work, ours, rounds, baseline, error)
 
 
-def attention(device: torch.device, rounds: int) -> Rows:
+def attention(device: torch.device, rounds: int, of: Shape = HUNYUAN) -> Rows:
     """Dense and block-sparse; in 8 bits with its packing and its choice of blocks inside the time, and without."""
-    qkv = torch.randn(1, TOKENS, 3 * INNER, device=device, dtype=torch.bfloat16)
-    q, k, v = heads_of(qkv)
-    dense, few = 4 * TOKENS**2 * INNER, max(3, rounds // 8)
+    qkv = torch.randn(1, of.tokens, 3 * of.heads * of.size, device=device, dtype=torch.bfloat16)
+    q, k, v = heads_of(qkv, of)
+    dense, few = 4 * of.tokens**2 * of.heads * of.size, max(3, rounds // 8)
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
         best = timed(lambda: F.scaled_dot_product_attention(q, k, v), few)
     yield rate("dense, bfloat16 cuDNN", dense, best, few, None)
     baseline = ("bfloat16 cuDNN", dense / median(best) / 1e9)
-    keys = -(-TOKENS // BLOCK)
-    every = torch.arange(keys, dtype=torch.int32, device=device).expand(1, HEADS, keys, keys)
-    all_ = torch.full((1, HEADS, keys), keys, dtype=torch.int32, device=device)
+    keys = -(-of.tokens // BLOCK)
+    every = torch.arange(keys, dtype=torch.int32, device=device).expand(1, of.heads, keys, keys)
+    all_ = torch.full((1, of.heads, keys), keys, dtype=torch.int32, device=device)
 
     def attend(qkv: Tensor, lists: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        p = pack_heads(*heads_of(qkv), BLOCK)
+        p = pack_heads(*heads_of(qkv, of), BLOCK)
         kept, counts = lists or (every, all_)
-        return attention_fp8(p.q, p.k, p.v, p.q_scale, p.k_scale, p.v_scale, kept, counts, TOKENS)
+        return attention_fp8(p.q, p.k, p.v, p.q_scale, p.k_scale, p.v_scale, kept, counts, of.tokens)
 
     error = {
-        name: short(attention_error(attend(given), given))
+        name: short(attention_error(attend(given), given, of))
         for name, given in (("random", qkv), ("outliers", outliers(qkv)))
     }
     ours = timed(lambda: attend(qkv), few)
@@ -107,19 +126,19 @@ def attention(device: torch.device, rounds: int) -> Rows:
 
     packed = pack_heads(q, k, v, BLOCK)
     operands = (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale)
-    yield rate("dense, INT8 and FP8", dense, timed(lambda: attention_fp8(*operands, every, all_, TOKENS), few), few,
-               baseline)  # fmt: skip
-    for density in DENSITIES:
+    yield rate("dense, INT8 and FP8", dense, timed(lambda: attention_fp8(*operands, every, all_, of.tokens), few),
+               few, baseline)  # fmt: skip
+    for density in of.densities:
         forced = torch.zeros(keys, dtype=torch.bool, device=device)
-        forced[-(-TEXT // BLOCK) - 1 :] = True
+        forced[of.always.start // BLOCK : -(-of.always.stop // BLOCK)] = True
         kept, counts = block_map.choose(packed.q_means, packed.k_means, round(density * keys), forced)
-        work = 4 * int(counts.sum()) * BLOCK * BLOCK * SIZE
+        work = 4 * int(counts.sum()) * BLOCK * BLOCK * of.size
         flex = flex_attention(q, k, v, kept, counts, rounds)
         yield rate(f"density {density}, bfloat16 FlexAttention", work, flex, rounds, None)
-        sparse = timed(partial(attention_fp8, *operands, kept, counts, TOKENS), rounds)
+        sparse = timed(partial(attention_fp8, *operands, kept, counts, of.tokens), rounds)
         error = {}
         for name, given in (("random", qkv), ("outliers", outliers(qkv))):
-            error[name] = short(attention_error(attend(given, (kept, counts)), given, (kept, counts)))
+            error[name] = short(attention_error(attend(given, (kept, counts)), given, of, (kept, counts)))
         beside = ("bfloat16 FlexAttention", work / median(flex) / 1e9)
         yield rate(f"density {density}, INT8 and FP8", work, sparse, rounds, beside, error)
 
@@ -129,7 +148,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor
     from torch.nn.attention.flex_attention import BlockMask
     from torch.nn.attention.flex_attention import flex_attention as flex
 
-    whole = TOKENS // BLOCK
+    whole = q.shape[2] // BLOCK
     wide = torch.zeros(*kept.shape[:2], whole, whole, dtype=torch.int32, device=kept.device)
     wide[..., : kept.shape[3]] = kept[:, :, :whole].clamp(max=whole - 1)
     nothing = torch.zeros_like(counts[:, :, :whole])
@@ -191,23 +210,23 @@ def _chosen(means: Tensor, keep: int, whole: Tensor) -> Tensor:
     return block_map.choose(means[0], means[1], keep, whole, whole)[0]
 
 
-def heads_of(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def heads_of(qkv: Tensor, of: Shape = HUNYUAN) -> tuple[Tensor, Tensor, Tensor]:
     """[B, N, 3 C] as q, k, v [B, H, N, D], views."""
-    q, k, v = qkv.unflatten(2, (3, HEADS, SIZE)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unflatten(2, (3, of.heads, of.size)).permute(2, 0, 3, 1, 4)
     return q, k, v
 
 
-def attention_error(got: Tensor, qkv: Tensor, lists: tuple[Tensor, Tensor] | None = None) -> float:
+def attention_error(got: Tensor, qkv: Tensor, of: Shape, lists: tuple[Tensor, Tensor] | None = None) -> float:
     """Of three heads' rows of one block of queries, each against float64 over the keys that they see."""
-    q, k, v = heads_of(qkv)
+    q, k, v = heads_of(qkv, of)
     apart, size = 0.0, 0.0
-    for head, row in ((0, 0), (5, 7), (HEADS - 1, TOKENS // BLOCK - 1)):
-        rows, keys = slice(row * BLOCK, (row + 1) * BLOCK), torch.arange(TOKENS, device=q.device)
+    for head, row in ((0, 0), (5, 7), (of.heads - 1, of.tokens // BLOCK - 1)):
+        rows, keys = slice(row * BLOCK, (row + 1) * BLOCK), torch.arange(of.tokens, device=q.device)
         if lists is not None:
             kept, counts = lists
             listed = kept[0, head, row, : int(counts[0, head, row])].long()
             keys = (listed[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten()
-            keys = keys[keys < TOKENS]
+            keys = keys[keys < of.tokens]
         one = (q[:, head, rows].double(), k[:, head, keys].double(), v[:, head, keys].double())
         want = F.scaled_dot_product_attention(*one)
         apart += float((got[:, head, rows].double() - want).square().sum())
@@ -260,6 +279,8 @@ def short(error: float) -> float:
 BENCHES: dict[str, Callable[[torch.device, int], Rows]] = {
     "gemm": gemm,
     "attention_720p": attention,
+    "attention_vggt": partial(attention, of=VGGT),
+    "attention_cogvideox": partial(attention, of=COGVIDEOX),
     "fused": fused,
     "blockmap": blockmap,
 }

@@ -12,7 +12,14 @@ P_ROUNDED = 0.04  # e4m3 has 3 bits behind the first: P is off by 2**-4 of itsel
 INTERPRETED = 0.1  # Triton's interpreter rounds up to a power of two as down to half of it: one in 64 is half itself
 FP8 = 0.05  # P and V in e4m3, q and k in int8, where an answer is the mean of some hundred values that cancel
 HALVES = 1e-5  # a float32 as two float16 has 22 bits; beside it, its sums were in another order
-SHAPES = [(1, 2, 200, 64, 64), (2, 1, 300, 32, 128), (1, 2, 130, 128, 64), (1, 1, 64, 96, 64), (1, 1, 5, 64, 128)]
+SHAPES = [
+    (1, 2, 200, 64, 64),
+    (2, 1, 300, 32, 128),
+    (2, 2, 300, 64, 128),
+    (1, 2, 130, 128, 64),
+    (1, 1, 64, 96, 64),
+    (1, 1, 5, 64, 128),
+]
 
 
 def limit(device):

@@ -18,6 +18,7 @@ SHAPES = [  # batch, heads, tokens, size, block, tokens that turn, first of them
     (2, 1, 300, 32, 128, 0, 0),
     (1, 2, 130, 128, 64, 100, 30),
     (1, 1, 3, 48, 128, 3, 0),
+    (2, 2, 150, 64, 128, 124, 26),
 ]
 
 
