@@ -11,9 +11,9 @@ alike    the guard: a block whose tokens are less alike has a mean that stands f
 kept     int32 [B, H, rows, blocks], ascending, for attention_blocks; the first counts of them mean something
 counts   int32 [B, H, rows]
 
-This is SpargeAttn's choice (arXiv:2502.18137, section 3.3): softmax of mean query · mean key / sqrt(D), blocks from the
-highest until they hold `mass`. Of equal scores the earlier block is kept; a NaN is the lowest score. The row, the
-threshold and the lists stay on the device: no value is read back.
+This is SpargeAttn's choice (arXiv:2502.18137): softmax of mean query · mean key / sqrt(D), blocks from the highest
+until they hold `mass`. Of equal scores the earlier block is kept; a NaN is the lowest score. The row, the threshold and
+the lists stay on the device: no value is read back.
 """
 
 from __future__ import annotations

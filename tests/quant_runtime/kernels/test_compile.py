@@ -69,10 +69,12 @@ def launches() -> Iterator[Callable[[], object]]:
 
     head = torch.zeros(1, 2, 200, 128, dtype=torch.bfloat16)
     small, whole = head[..., :64], head.to(torch.int8)
-    kept, counts = block_map.reference(head, head, 2, 64, 64, None, None)
+    pooled = block_map.pool_reference(head, 64)
+    kept, counts = block_map.choose_reference(pooled, pooled, 2, None, None)
     tokens = torch.ones(1, 2, 200)
     yield lambda: quantize_heads.launch(small, quantize_heads.key_center(small), 64)
-    yield lambda: block_map.launch(head, head, 2, 64, 64, torch.ones(4).bool(), torch.ones(4).bool())
+    yield lambda: block_map.launch_pool(head, 64)
+    yield lambda: block_map.launch_choose(pooled, pooled, 2, torch.ones(4).bool(), torch.ones(4).bool())
     means, each = torch.zeros(1, 2, 4, 128), torch.ones(1, 2, 4)
     bounds = (0.9, 1, 4, torch.ones(4).bool(), torch.ones(4).bool())
     yield lambda: blocks_by_mass.launch(means, means, *bounds, each, each, 0.1)
@@ -99,7 +101,8 @@ def launches() -> Iterator[Callable[[], object]]:
     yield lambda: pack_heads.launch(small, small, small, 128, layer, layer, *none, 1e-6, slim, slim, 26, layer, layer)
     for x, block in ((head, 128), (small, 64), (small, 128)):
         operands = pack_heads.reference(x, x, x, block, *none, *none, 1e-6, *none, 0, *none)[:6]
-        kept, counts = block_map.reference(x, x, 1, block, block, None, None)
+        x_means = block_map.pool_reference(x, block)
+        kept, counts = block_map.choose_reference(x_means, x_means, 1, None, None)
         q, q_scale, k, k_scale, v, v_scale = operands
         rest = (kept, counts, 200, block, block, torch.bfloat16, 0.1)
         given = (q, k, v, q_scale, k_scale, v_scale, *rest)
