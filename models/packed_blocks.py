@@ -6,13 +6,14 @@ the roundings to 16 bits in between, which they leave out.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant_runtime.attention import PACKED_BLOCK, attend_packed
+from quant_runtime.attention import attend_packed
 from quant_runtime.kernels.gelu_quantize import gelu_quantize
 from quant_runtime.kernels.norm_quantize import by_token, norm_modulate, norm_quantize
 from quant_runtime.kernels.pack_heads import Pair, pack_heads
@@ -115,8 +116,9 @@ def attended(
     """
     its = attn.processor
     q, k, v = qkv.unflatten(2, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
-    packed = pack_heads(q, k, v, PACKED_BLOCK, norm, others, eps, rope, its.model.layout.first, bias)
-    out = attend_packed(packed, its.state.call(its.layer, its.model.layout), its.state, qkv.dtype)
+    layout = its.model.layout
+    pack = partial(pack_heads, norm=norm, others=others, eps=eps, rope=rope, first=layout.first, bias=bias)
+    out = attend_packed(q, k, v, its.state.call(its.layer, layout), its.state, pack)
     return out.transpose(1, 2).flatten(2)
 
 

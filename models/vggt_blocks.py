@@ -10,6 +10,7 @@ another order once, such that those two lie side by side, as pack_heads wants th
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from models.packed_blocks import Debts, added, all_quantized, bent, normed, once
 from models.vggt_net import VGGT
-from quant_runtime.attention import PACKED_BLOCK, AttentionState, attend, attend_packed
+from quant_runtime.attention import AttentionState, attend, attend_packed
 from quant_runtime.kernels.pack_heads import Pair, pack_heads
 from quant_runtime.linear import QuantLinear
 from quant_runtime.sparsity.base import TokenLayout
@@ -102,8 +103,8 @@ class Block:
             if its.state.plan.packed(call, size, x.device):
                 q, k, v = (t.transpose(1, 2) for t in (q, k, v))
                 eps = attn.q_norm.eps
-                packed = pack_heads(q, k, v, PACKED_BLOCK, self.weight, eps=eps, rope=turns, bias=self.bias)
-                return attend_packed(packed, call, its.state, x.dtype).transpose(1, 2).reshape(-1, x.shape[2])
+                pack = partial(pack_heads, norm=self.weight, eps=eps, rope=turns, bias=self.bias)
+                return attend_packed(q, k, v, call, its.state, pack).transpose(1, 2).reshape(-1, x.shape[2])
         if self.turning:
             q, k = (
                 nn.functional.layer_norm(t, (size,), self.weight[i], self.bias[i], attn.q_norm.eps)

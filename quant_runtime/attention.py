@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,14 +16,26 @@ from quant_runtime.kernels.attention_blocks import attention_blocks
 from quant_runtime.kernels.attention_fp8 import (
     attention_fp8,
     attention_fp8_refresh,
+    by_tokens,
     has_fp8,
     takes,
     unpacked_residual,
+    unpacked_values,
 )
-from quant_runtime.kernels.pack_heads import Packed, pack_heads
+from quant_runtime.kernels.pack_heads import Packed, in_places, pack_heads
 from quant_runtime.kernels.quantize_heads import key_center, quantize_heads
 from quant_runtime.residual import Place, Residual, ResidualCache, ResidualUse, used
-from quant_runtime.sparsity.base import LAYOUTS, AttentionCall, Blocks, Policy, TokenLayout, every_block
+from quant_runtime.sparsity.base import (
+    LAYOUTS,
+    AttentionCall,
+    Blocks,
+    Choosing,
+    Look,
+    Policy,
+    Seen,
+    TokenLayout,
+    every_block,
+)
 from quant_runtime.sparsity.dense import Dense
 
 QkBits = Literal[8, 16]
@@ -72,11 +84,10 @@ class AttentionPlan:
         return call.refresh or due or call.step < warm or call.layer in self.dense_layers
 
     def packed(self, call: AttentionCall, size: int, device: torch.device) -> bool:
-        """Whether q, k and v of this call, heads of `size`, go as pack_heads makes them: in 8 bits, in their order."""
+        """Whether q, k and v of this call, heads of `size`, go as pack_heads makes them: in 8 bits."""
         dense = (self.is_dense(call) and not call.refresh) or isinstance(self.policy, Dense)
         bits = self.dense_qk_bits if dense else self.qk_bits
-        fits = takes(size) and has_fp8(device) and (dense or self.policy.order(call.layout) is None)
-        return self.pv_bits == 8 and bits == 8 and fits
+        return self.pv_bits == 8 and bits == 8 and takes(size) and has_fp8(device)
 
 
 @dataclass(frozen=True)
@@ -99,11 +110,12 @@ class AttentionState:
 
     def __init__(self, plan: AttentionPlan) -> None:
         self.plan = plan
+        self.votes: dict[int, list[Tensor]] | None = None  # layer → the ways its heads chose, where they are counted
         self._turn = _Turn()
         self.start(steps=1)
 
     def start(self, steps: int, place: Place | None = None) -> None:
-        """A new generation of this many steps: the record begins anew, at step 0, and nothing is cached.
+        """A new generation of this many steps: the record begins anew, at step 0, and nothing is cached or chosen.
 
         `place` is where the residual goes, where the plan leaves that open or not.
         """
@@ -115,13 +127,14 @@ class AttentionState:
         self._packed = 0  # calls
         self.cache = None if self.plan.residual is None else ResidualCache(self.plan.residual, place)
         self._turn.holder = None
+        self._ways: dict[tuple[int, int], Tensor] = {}  # layer and branch → what its heads chose
         self.at(0)
 
     def at(self, step: int) -> None:
         if not 0 <= step < self.steps:
             raise ValueError(f"this generation has steps 0 to {self.steps - 1}; got {step}")
         self.step = step
-        self._branches: dict[int, int] = {}  # layer → calls in this step
+        self._branches: dict[int, int] = {}  # layer → calls in this step so far
         self._refreshes = self.cache is not None and self._is_refresh(self.cache)
 
     def _is_refresh(self, cache: ResidualCache) -> bool:
@@ -135,7 +148,9 @@ class AttentionState:
         if self.cache is not None:
             self.cache.clear()
 
-    def record(self, blocks: Blocks | None, packed: bool = False) -> None:
+    def record(self, call: AttentionCall, blocks: Blocks | None, packed: bool = False) -> None:
+        """That the call is made: the next one of its layer in this step is of the next branch."""
+        self._branches[call.layer] = call.branch + 1
         self._packed += packed
         density = torch.ones(()) if blocks is None else blocks.density()
         self._kept.setdefault(self.step, []).append(density)
@@ -144,24 +159,33 @@ class AttentionState:
 
     def call(self, layer: int, layout: TokenLayout) -> AttentionCall:
         refresh = self._refreshes and layer not in self.plan.dense_layers
-        return AttentionCall(layer, self.step, self.steps, layout, refresh)
+        return AttentionCall(layer, self.step, self.steps, layout, self._branches.get(layer, 0), refresh)
+
+    def ways(self, look: Look, call: AttentionCall) -> Tensor | None:
+        """The way of each head, of a policy that has several: chosen in the first call, and again at refreshes.
+
+        Where votes are counted, every call chooses.
+        """
+        policy, key = self.plan.policy, (call.layer, call.branch)
+        if not isinstance(policy, Choosing):
+            return None
+        if key not in self._ways or call.refresh or self.votes is not None:
+            self._ways[key] = policy.choose(look, call)
+            if self.votes is not None:
+                self.votes.setdefault(call.layer, []).append(self._ways[key])
+        return self._ways[key]
 
     def lose(self, call: AttentionCall, dense: Tensor, lost: Tensor) -> None:
         """What a refresh of this call answers, and what its blocks lack of that: float [B, H, N, D]."""
         assert self.cache is not None
         self._turn.taken_by(self)
-        self.cache.keep(self._key(call), call.step, dense, lost)
+        self.cache.keep((call.layer, call.branch), call.step, dense, lost)
 
     def residual(self, call: AttentionCall) -> tuple[Tensor, Tensor | None] | tuple[None, None]:
         """What is to be added to this call's sparse answer, and its scale, as attention_fp8 takes them."""
         if self.cache is None:
             return None, None
-        return self.cache.cached(self._key(call))
-
-    def _key(self, call: AttentionCall) -> tuple[int, int]:
-        branch = self._branches.get(call.layer, 0)
-        self._branches[call.layer] = branch + 1
-        return call.layer, branch
+        return self.cache.cached((call.layer, call.branch))
 
     def density(self) -> Density:
         """Of the calls since `start`. Refused before the first of them."""
@@ -240,21 +264,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, 
         raise ValueError(f"{layout} has {layout.tokens} tokens; got q and k with {q.shape[2]} and {k.shape[2]}")
     call, plan = state.call(layer, layout), state.plan
     if plan.packed(call, q.shape[3], q.device):
-        return attend_packed(pack_heads(q, k, v, PACKED_BLOCK), call, state, v.dtype)
+        return attend_packed(q, k, v, call, state)
     dense = plan.is_dense(call)
-    order = None
+    tokens = None
     blocks = None
     if call.refresh or not dense:
-        order = _order(plan.policy, layout, q.device)
-        if order is not None:
-            q, k, v = (x.index_select(2, order) for x in (q, k, v))
-        blocks = plan.policy.blocks(q, k, call)
-    state.record(None if dense else blocks)
+        ways = state.ways(_Floats(q, k, v, plan.policy.block), call)
+        tokens = _tokens(plan.policy, layout, plan.policy.block, ways, q)
+        if tokens is not None:
+            q, k, v = (in_places(x, tokens) for x in (q, k, v))
+        blocks = plan.policy.blocks(Seen.of(q, k, plan.policy.block), call, ways)
+    state.record(call, None if dense else blocks)
 
     if call.refresh:
         out, sparse = _dense_and_sparse(q, k, v, blocks, plan.qk_bits)
         lost = (out.float() - sparse.float()).to(out.dtype)
-        out, lost = _placed(out, order), _placed(lost, order)
+        out, lost = by_tokens(out, tokens), by_tokens(lost, tokens)
         state.lose(call, out, lost)
         return out
     if blocks is None and plan.dense_qk_bits == 16:
@@ -263,42 +288,91 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, 
         out = _over_blocks(q, k, v, [every_block(q, k, DENSE_BLOCK)], plan.dense_qk_bits)[0]
     else:
         out = _over_blocks(q, k, v, [blocks], plan.qk_bits)[0]
-    out = _placed(out, order)
+    out = by_tokens(out, tokens)
     residual, scale = (None, None) if dense else state.residual(call)
     if residual is None or blocks is None:  # everything is kept: nothing is lost
         return out
     return (out.float() + unpacked_residual(residual, scale)).to(out.dtype)
 
 
-def attend_packed(packed: Packed, call: AttentionCall, state: AttentionState, out_dtype: torch.dtype) -> Tensor:
-    """The same of operands that pack_heads has made in blocks of PACKED_BLOCK, where the plan has them `packed`."""
-    dense = state.plan.is_dense(call)
-    blocks = None
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: AttentionCall,
+    state: AttentionState,
+    pack: Callable[..., Packed] = pack_heads,
+) -> Tensor:
+    """The same of q, k and v as pack_heads takes them, where the plan has them `packed`: [B, H, N, D] in v's dtype.
+
+    `pack` is pack_heads with the norms and the angles that q and k have yet to go through.
+    """
+    policy, dense = state.plan.policy, state.plan.is_dense(call)
     if call.refresh or not dense:
-        blocks = state.plan.policy.blocks_by_means(packed.q_means, packed.k_means, call, PACKED_BLOCK)
-    state.record(None if dense else blocks, packed=True)
+        ways = state.ways(_PackedHeads(q, k, v, pack), call)
+        tokens = _tokens(policy, call.layout, PACKED_BLOCK, ways, q)
+        packed = pack(q, k, v, PACKED_BLOCK, tokens=tokens)
+        blocks = policy.blocks(_seen(packed), call, ways)
+    else:
+        tokens, packed, blocks = None, pack(q, k, v, PACKED_BLOCK), None
+    state.record(call, None if dense else blocks, packed=True)
     residual, scale = (None, None) if dense else state.residual(call)
     if blocks is None:  # everything is kept: nothing is lost
         blocks, residual, scale = every_block(packed.q, packed.q, PACKED_BLOCK), None, None
     kept = blocks.all_listed() if call.refresh else blocks.kept
     operands = (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale, kept, blocks.counts)
-    rest = (packed.q.shape[2], blocks.block_q, blocks.block_k, out_dtype)
+    rest = (packed.q.shape[2], blocks.block_q, blocks.block_k, v.dtype)
     if call.refresh:
-        out, lost = attention_fp8_refresh(*operands, *rest)
+        out, lost = attention_fp8_refresh(*operands, *rest, tokens=tokens)
         state.lose(call, out, lost)
         return out
-    return attention_fp8(*operands, *rest, residual=residual, residual_scale=scale)
+    return attention_fp8(*operands, *rest, tokens=tokens, residual=residual, residual_scale=scale)
+
+
+def _seen(packed: Packed) -> Seen:
+    heads, device = (packed.q.shape[0], packed.q.shape[1]), packed.q.device
+    means, alike = (packed.q_means, packed.k_means), (packed.q_alike, packed.k_alike)
+    return Seen(heads, device, PACKED_BLOCK, lambda: means, lambda: alike)
+
+
+def _tokens(policy: Policy, layout: TokenLayout, block: int, ways: Tensor | None, q: Tensor) -> Tensor | None:
+    """int32 [B, H, N]: which token lies at each place; None for the order they have."""
+    orders = _orders(policy, layout, block, q.device)
+    if orders is None:
+        return None
+    return orders[0].expand(q.shape[:3]) if ways is None else orders[ways]
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
-def _order(policy: Policy, layout: TokenLayout, device: torch.device) -> Tensor | None:
-    order = policy.order(layout)
-    return None if order is None else order.to(device)
+def _orders(policy: Policy, layout: TokenLayout, block: int, device: torch.device) -> Tensor | None:
+    orders = policy.orders(layout, block)
+    return None if orders is None else orders.to(device, torch.int32)
 
 
-def _placed(x: Tensor, order: Tensor | None) -> Tensor:
-    """[B, H, N, D] that lies in `order`, each token where it belongs."""
-    return x if order is None else torch.empty_like(x).index_copy_(2, order, x)
+class _Floats:
+    """A Look at queries, keys and values [B, H, N, D]."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, block: int) -> None:
+        self.q, self.k, self.v, self.block = q, k, v, block
+        self.heads, self.device = (q.shape[0], q.shape[1]), q.device
+
+    def head(self, h: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q[:, h].index_select(1, queries).float(), self.k[:, h].float(), self.v[:, h].float()
+
+
+class _PackedHeads:
+    """A Look at what is yet to be packed: packed once in the order that the tokens have, if it is looked at."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, pack: Callable[..., Packed]) -> None:
+        self._packed = functools.cache(lambda: pack(q, k, v, PACKED_BLOCK))
+        self.heads, self.device, self.block = (q.shape[0], q.shape[1]), q.device, PACKED_BLOCK
+
+    def head(self, h: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        its = self._packed()
+        tokens = its.q.shape[2]
+        q = its.q[:, h].index_select(1, queries) * its.q_scale[:, h].index_select(1, queries)[..., None]
+        k = (its.k[:, h].unflatten(1, (-1, PACKED_BLOCK)) * its.k_scale[:, h, :, None, None]).flatten(1, 2)
+        return q, k[:, :tokens], unpacked_values(its.v[:, h, None], its.v_scale[:, h, None], tokens)[:, 0]
 
 
 def _dense_and_sparse(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks | None, qk_bits: QkBits) -> tuple[Tensor, Tensor]:

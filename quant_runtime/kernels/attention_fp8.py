@@ -5,7 +5,10 @@ k       int8 [B, H, P, D]          k_scale  float32 [B, H, P / block_k]
 v       float8_e4m3fn [B, H, D, P], its keys in the order of `slots`          v_scale  float32 [B, H, D]
 kept    int32 [B, H, ceil(N / block_q), L], counts  int32 [B, H, ceil(N / block_q)]: as attention_blocks takes them
 keys    how many of the P keys there are; P is the next multiple of block_k, and what lies beyond `keys` is zeros
-out     bfloat16, float16 or float32 [B, H, N, D], laid out in memory as [B, N, H, D]
+tokens  int32 [B, H, N], each token of a head once, perhaps expanded, or None: which token lies at place n of q, k, v
+        and the lists. Without it, place n is token n
+out     bfloat16, float16 or float32 [B, H, N, D], laid out in memory as [B, N, H, D], its rows by tokens:
+        out[b, h, tokens[b, h, n]] is the answer to query n
 residual        None, or what is added to the answer before it is rounded: [B, H, N, D] laid out as `out` is, in
                 float32, bfloat16 or float16, or int8 with residual_scale float32 [B, H, N]
 
@@ -57,14 +60,15 @@ def attention_fp8(
     block_k: int = 128,
     out_dtype: torch.dtype = torch.bfloat16,
     softmax_scale: float | None = None,
+    tokens: Tensor | None = None,
     residual: Tensor | None = None,
     residual_scale: Tensor | None = None,
 ) -> Tensor:
-    _check(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype)
+    _check(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, tokens)
     _check_residual(q, residual, residual_scale)
     scale = softmax_scale if softmax_scale is not None else q.shape[3] ** -0.5
     operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, scale)
-    out: Tensor = _op(*operands, residual, residual_scale)
+    out: Tensor = _op(*operands, residual, residual_scale, tokens)
     return out
 
 
@@ -82,14 +86,15 @@ def attention_fp8_refresh(
     block_k: int = 128,
     out_dtype: torch.dtype = torch.bfloat16,
     softmax_scale: float | None = None,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype)
+    _check(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, tokens)
     if kept.shape[3] != -(-keys // block_k):
         found = f"lists of {kept.shape[3]}"
         raise ValueError(f"attention_fp8_refresh takes lists of all {-(-keys // block_k)} blocks of keys; got {found}")
     scale = softmax_scale if softmax_scale is not None else q.shape[3] ** -0.5
     operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, scale)
-    dense, lost = _refresh_op(*operands)
+    dense, lost = _refresh_op(*operands, tokens)
     return dense, lost
 
 
@@ -106,26 +111,28 @@ def _check(
     block_q: int,
     block_k: int,
     out_dtype: torch.dtype,
+    tokens: Tensor | None,
 ) -> None:
-    batch, heads, tokens, size = q.shape
+    batch, heads, count, size = q.shape
     if block_q not in BLOCKS_Q or block_k not in BLOCKS_K or not takes(size):
         found = f"block_q={block_q}, block_k={block_k}, D={size}"
         raise ValueError(
             f"attention_fp8 has block_q 64 or 128, block_k 32 to 128, D a multiple of 32 to {LARGEST_D}; {found}"
         )
     padded = -(-keys // block_k) * block_k
-    rows = -(-tokens // block_q)
+    rows = -(-count // block_q)
     for name, tensor, dtype, shape in (
-        ("q", q, torch.int8, (batch, heads, tokens, size)),
+        ("q", q, torch.int8, (batch, heads, count, size)),
         ("k", k, torch.int8, (batch, heads, padded, size)),
         ("v", v, torch.float8_e4m3fn, (batch, heads, size, padded)),
-        ("q_scale", q_scale, torch.float32, (batch, heads, tokens)),
+        ("q_scale", q_scale, torch.float32, (batch, heads, count)),
         ("k_scale", k_scale, torch.float32, (batch, heads, padded // block_k)),
         ("v_scale", v_scale, torch.float32, (batch, heads, size)),
         ("kept", kept, torch.int32, (batch, heads, rows, kept.shape[-1])),
         ("counts", counts, torch.int32, (batch, heads, rows)),
+        ("tokens", tokens, torch.int32, (batch, heads, count)),
     ):
-        if tensor.dtype != dtype or tensor.shape != shape:
+        if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
             found = f"{tensor.dtype} {list(tensor.shape)}"
             raise ValueError(f"attention_fp8 takes {name} as {dtype} {list(shape)}; got {found}")
     if out_dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -162,9 +169,13 @@ def slots(keys: int) -> Tensor:
 
 def unpacked_values(v: Tensor, v_scale: Tensor, keys: int) -> Tensor:
     """float32 [B, H, keys, D]: what v and v_scale stand for."""
-    place = torch.empty(v.shape[3], dtype=torch.long)
-    place[slots(v.shape[3])] = torch.arange(v.shape[3])
-    return (v.float()[..., place[:keys].to(v.device)] * v_scale[..., None]).mT
+    return (v.float()[..., _slot_of(v.shape[3], v.device)[:keys]] * v_scale[..., None]).mT
+
+
+@functools.lru_cache(maxsize=32)
+def _slot_of(keys: int, device: torch.device) -> Tensor:
+    """int64 [keys]: in which slot each key lies."""
+    return slots(keys).argsort().to(device)
 
 
 def reference(
@@ -183,11 +194,12 @@ def reference(
     softmax_scale: float,
     residual: Tensor | None,
     residual_scale: Tensor | None,
+    tokens: Tensor | None = None,
 ) -> Tensor:
     """P is not rounded here: its rounding is the kernel's error."""
     values = unpacked_values(v, v_scale, keys)
     rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
-    out = attention_blocks.reference(q, k[:, :, :keys], values, *rest)
+    out = by_tokens(attention_blocks.reference(q, k[:, :, :keys], values, *rest), tokens)
     return (out if residual is None else out + unpacked_residual(residual, residual_scale)).to(out_dtype)
 
 
@@ -205,9 +217,19 @@ def refresh_reference(
     block_k: int,
     out_dtype: torch.dtype,
     softmax_scale: float,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _both(attention_blocks.reference, q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k,
-                 out_dtype, softmax_scale)  # fmt: skip
+                 out_dtype, softmax_scale, tokens)  # fmt: skip
+
+
+def by_tokens(x: Tensor, tokens: Tensor | None) -> Tensor:
+    """x [B, H, N, D], whose rows lie in the order of `tokens`, with each where its token is: in x's layout."""
+    if tokens is None:
+        return x
+    if tokens.stride()[:2] == (0, 0):  # one order for all heads
+        return torch.empty_like(x).index_copy_(2, tokens[0, 0].long(), x)
+    return torch.empty_like(x).scatter_(2, tokens.long()[..., None].expand_as(x), x)
 
 
 def unpacked_residual(residual: Tensor, scale: Tensor | None) -> Tensor:
@@ -231,10 +253,11 @@ def on_cpu(
     softmax_scale: float,
     residual: Tensor | None,
     residual_scale: Tensor | None,
+    tokens: Tensor | None = None,
 ) -> Tensor:
     values = unpacked_values(v, v_scale, keys).to(out_dtype if residual is None else torch.float32)
     rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
-    out = attention_blocks.on_cpu(q, k[:, :, :keys], values, *rest)
+    out = by_tokens(attention_blocks.on_cpu(q, k[:, :, :keys], values, *rest), tokens)
     return out if residual is None else out.add_(unpacked_residual(residual, residual_scale)).to(out_dtype)
 
 
@@ -252,9 +275,10 @@ def refresh_on_cpu(
     block_k: int,
     out_dtype: torch.dtype,
     softmax_scale: float,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _both(attention_blocks.on_cpu, q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k,
-                 out_dtype, softmax_scale)  # fmt: skip
+                 out_dtype, softmax_scale, tokens)  # fmt: skip
 
 
 def _both(
@@ -272,6 +296,7 @@ def _both(
     block_k: int,
     out_dtype: torch.dtype,
     softmax_scale: float,
+    tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Dense, and what it is more than the first `counts` of each list, by a version of attention_blocks."""
     operands = (q, k[:, :, :keys], unpacked_values(v, v_scale, keys))
@@ -280,7 +305,8 @@ def _both(
     dense = attention(*operands, every, torch.full_like(counts, kept.shape[3]), *rest)
     lost = dense - attention(*operands, kept, counts, *rest)
     whole = (counts == kept.shape[3]).repeat_interleave(block_q, dim=2)[:, :, : q.shape[2], None]
-    return dense.to(out_dtype), lost.masked_fill_(whole, 0.0).to(out_dtype)
+    lost.masked_fill_(whole, 0.0)
+    return by_tokens(dense.to(out_dtype), tokens), by_tokens(lost.to(out_dtype), tokens)
 
 
 @jit
@@ -293,6 +319,7 @@ def _kernel(
     v_scale,
     kept,
     counts,
+    tokens,
     out,
     lost,
     residual,
@@ -308,6 +335,8 @@ def _kernel(
     count_b,
     count_h,
     count_r,
+    tokens_b,
+    tokens_h,
     BQ: tl.constexpr,
     BK: tl.constexpr,
     D: tl.constexpr,
@@ -316,6 +345,7 @@ def _kernel(
     P_BITS: tl.constexpr,
     REFRESH: tl.constexpr,
     ADDS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     """k and v are descriptors of [B * H * P, D] and [B * H * D, P]. SHARE: how many programs follow one list.
 
@@ -350,7 +380,10 @@ def _kernel(
         )
 
     v_scales = tl.load(v_scale + head * D + d, mask=d < D, other=0.0)[None, :]
-    where = ((b64 * N + n)[:, None] * H + h) * D + d[None, :]
+    who = n  # the token at each place
+    if TOKENS:
+        who = tl.load(tokens + b64 * tokens_b + h64 * tokens_h + n, mask=n < N, other=0)
+    where = ((b64 * N + who)[:, None] * H + h) * D + d[None, :]
     inside = (n < N)[:, None] & in_d
     if REFRESH:
         # The sparse answer waits in the two answers' own memory, as two 16-bit halves of itself: registers are full.
@@ -382,7 +415,7 @@ def _kernel(
     if ADDS > 0:
         more = tl.load(residual + where, mask=inside, other=0).to(tl.float32)
         if ADDS > 1:
-            more *= tl.load(residual_scale + head.to(tl.int64) * N + n, mask=n < N, other=0.0)[:, None]
+            more *= tl.load(residual_scale + head.to(tl.int64) * N + who, mask=n < N, other=0.0)[:, None]
         found += more
     tl.store(out + where, found.to(out.dtype.element_ty), mask=inside)
 
@@ -446,10 +479,11 @@ def launch(
     softmax_scale: float,
     residual: Tensor | None,
     residual_scale: Tensor | None,
+    tokens: Tensor | None = None,
 ) -> Tensor:
     out = _answer(q, out_dtype)
     operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, softmax_scale)
-    _launch(*operands, out, None, residual, residual_scale)
+    _launch(*operands, out, None, residual, residual_scale, tokens)
     return out
 
 
@@ -467,10 +501,11 @@ def refresh_launch(
     block_k: int,
     out_dtype: torch.dtype,
     softmax_scale: float,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dense, lost = _answer(q, out_dtype), _answer(q, out_dtype)
     operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, softmax_scale)
-    _launch(*operands, dense, lost, None, None)
+    _launch(*operands, dense, lost, None, None, tokens)
     return dense, lost
 
 
@@ -491,15 +526,17 @@ def _launch(
     lost: Tensor | None,
     residual: Tensor | None,
     residual_scale: Tensor | None,
+    tokens: Tensor | None,
 ) -> None:
-    batch, heads, tokens, size = q.shape
+    batch, heads, count, size = q.shape
     padded, tile = k.shape[2], 64
     q, k, v, q_scale, k_scale, v_scale = (t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale))
     kept = kept if kept.stride(3) == 1 else kept.contiguous()
+    tokens = tokens if tokens is None or tokens.stride(2) == 1 else tokens.contiguous()
     wide = triton.next_power_of_2(size)
     described_k = TensorDescriptor.from_tensor(k.view(-1, size), [block_k, wide])
     described_v = TensorDescriptor.from_tensor(v.view(-1, padded), [wide, block_k])
-    _kernel[(triton.cdiv(tokens, tile), batch * heads)](
+    _kernel[(triton.cdiv(count, tile), batch * heads)](
         q,
         described_k,
         described_v,
@@ -508,17 +545,19 @@ def _launch(
         v_scale,
         kept,
         counts,
+        tokens,
         out,
         lost,
         None if residual is None else residual.transpose(1, 2).contiguous(),  # a copy where it is laid out otherwise
         None if residual_scale is None else residual_scale.contiguous(),
         heads,
-        tokens,
+        count,
         keys,
         padded,
         softmax_scale * LOG2E,
         *kept.stride()[:3],
         *counts.stride(),
+        *((0, 0) if tokens is None else tokens.stride()[:2]),
         BQ=tile,
         BK=block_k,
         D=size,
@@ -527,14 +566,15 @@ def _launch(
         P_BITS=P_BITS,
         REFRESH=lost is not None,
         ADDS=0 if residual is None else 1 if residual_scale is None else 2,
+        TOKENS=tokens is not None,
         num_warps=4,
         num_stages=2,
     )
 
 
 def _answer(q: Tensor, dtype: torch.dtype) -> Tensor:
-    batch, heads, tokens, size = q.shape
-    return torch.empty(batch, tokens, heads, size, dtype=dtype, device=q.device).transpose(1, 2)
+    batch, heads, count, size = q.shape
+    return torch.empty(batch, count, heads, size, dtype=dtype, device=q.device).transpose(1, 2)
 
 
 @functools.cache

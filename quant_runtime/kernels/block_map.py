@@ -1,10 +1,10 @@
 """Which key blocks each block of queries keeps: those of the highest scores, mean query against mean key.
 
-q  [B, H, N, D], k  [B, H, M, D]: float32, bfloat16 or float16
+q_means, k_means  float32 [B, H, rows, D] and [B, H, blocks, D], as `pool` and pack_heads make them
 keep    how many key blocks a row keeps, forced ones included
-forced  bool [ceil(M / block_k)] or None: key blocks that rank before all others; no more of them than `keep`
-whole   bool [ceil(N / block_q)] or None: rows that keep every key block
-kept    int32 [B, H, ceil(N / block_q), L], ascending, for attention_blocks      counts  int32 [B, H, ceil(N / block_q)]
+forced  bool [blocks] or None: key blocks that rank before all others; no more of them than `keep`
+whole   bool [rows] or None: rows that keep every key block
+kept    int32 [B, H, rows, L], ascending, for attention_blocks      counts  int32 [B, H, rows]
 
 L is the number of key blocks where `whole` is given, else keep, and every count is keep. All on the device: no value is
 read back. Means are over the tokens that a ragged last block has; of equal scores the earlier block is kept; a NaN is
@@ -23,34 +23,18 @@ from torch.nn.functional import pad
 from quant_runtime.kernels._triton import jit, tl, triton
 
 
-def block_map(
-    q: Tensor,
-    k: Tensor,
-    keep: int,
-    block_q: int = 64,
-    block_k: int = 64,
-    forced: Tensor | None = None,
-    whole: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(kept, counts). Refuses keep < 1, and masks that do not have one entry a block."""
-    shapes = [list(t.shape) for t in (q, k)]
-    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"block_map takes q [B, H, N, D] and k [B, H, M, D]; got {shapes}")
-    if keep < 1 or min(block_q, block_k) < 1:
-        raise ValueError(f"block_map keeps at least 1 block of at least 1 token; got keep={keep}, {block_q}, {block_k}")
-    for name, mask, tokens, block in (("forced", forced, k.shape[2], block_k), ("whole", whole, q.shape[2], block_q)):
-        blocks = -(-tokens // block)
-        if mask is not None and (mask.shape != (blocks,) or mask.dtype != torch.bool):
-            raise ValueError(f"block_map: {name} is bool [{blocks}]; got {mask.dtype} {list(mask.shape)}")
-    blocks = -(-k.shape[2] // block_k)
-    kept, counts = _op(q, k, min(keep, blocks), block_q, block_k, forced, whole)
-    return kept, counts
+def pool(x: Tensor, block: int) -> Tensor:
+    """float32 [B, H, ceil(N / block), D] of x float [B, H, N, D]: the mean of each block's tokens."""
+    if x.dim() != 4 or not x.is_floating_point() or block < 1:
+        raise ValueError(f"pool takes floats [B, H, N, D] in blocks; got {x.dtype} {list(x.shape)}, block={block}")
+    means: Tensor = _pool_op(x, block)
+    return means
 
 
 def choose(
     q_means: Tensor, k_means: Tensor, keep: int, forced: Tensor | None = None, whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same of means that are there already: float32 [B, H, rows, D] and [B, H, blocks, D]."""
+    """(kept, counts). Refuses keep < 1, and masks that do not have one entry a block."""
     if q_means.dim() != 4 or k_means.dim() != 4 or q_means.dtype != torch.float32 or k_means.dtype != torch.float32:
         found = f"{q_means.dtype} {list(q_means.shape)} and {k_means.dtype} {list(k_means.shape)}"
         raise ValueError(f"choose takes means as float32 [B, H, rows, D] and [B, H, blocks, D]; got {found}")
@@ -61,12 +45,6 @@ def choose(
             raise ValueError(f"choose: {name} is bool [{blocks}]; got {mask.dtype} {list(mask.shape)}")
     kept, counts = _choose_op(q_means, k_means, min(keep, k_means.shape[2]), forced, whole)
     return kept, counts
-
-
-def reference(
-    q: Tensor, k: Tensor, keep: int, block_q: int, block_k: int, forced: Tensor | None, whole: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return choose_reference(_pooled(q, block_q), _pooled(k, block_k), keep, forced, whole)
 
 
 def choose_reference(
@@ -85,8 +63,7 @@ def choose_reference(
     return best.to(torch.int32), counts
 
 
-def _pooled(x: Tensor, block: int) -> Tensor:
-    """float32 [B, H, ceil(N / block), D]: the mean of each block's tokens."""
+def pool_reference(x: Tensor, block: int) -> Tensor:
     tokens = x.shape[2]
     blocks = -(-tokens // block)
     whole = x[:, :, : tokens - tokens % block].unflatten(2, (-1, block)) if tokens >= block else x[:, :, :0, None]
@@ -152,12 +129,6 @@ def _select(
     tl.store(counts + row, count)
 
 
-def launch(
-    q: Tensor, k: Tensor, keep: int, block_q: int, block_k: int, forced: Tensor | None, whole: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return launch_choose(_launch_pool(q, block_q), _launch_pool(k, block_k), keep, forced, whole)
-
-
 def launch_choose(
     q_means: Tensor, k_means: Tensor, keep: int, forced: Tensor | None, whole: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -183,7 +154,7 @@ def launch_choose(
     return kept, counts
 
 
-def _launch_pool(x: Tensor, block: int) -> Tensor:
+def launch_pool(x: Tensor, block: int) -> Tensor:
     batch, heads, tokens, size = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     blocks = triton.cdiv(tokens, block)
@@ -194,14 +165,6 @@ def _launch_pool(x: Tensor, block: int) -> Tensor:
     return means
 
 
-def _fake(
-    q: Tensor, k: Tensor, keep: int, block_q: int, block_k: int, forced: Tensor | None, whole: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    rows, blocks = -(-q.shape[2] // block_q), -(-k.shape[2] // block_k)
-    counts = q.new_empty(*q.shape[:2], rows, dtype=torch.int32)
-    return q.new_empty(*q.shape[:2], rows, keep if whole is None else blocks, dtype=torch.int32), counts
-
-
 def _fake_choose(
     q_means: Tensor, k_means: Tensor, keep: int, forced: Tensor | None, whole: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -210,9 +173,11 @@ def _fake_choose(
 
 
 # The reference is the fast version for a CPU as well: what it does is small beside reading q and k.
-_op = library.custom_op("quant_runtime::block_map", reference, mutates_args=())
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
+_pool_op = library.custom_op("quant_runtime::pool_blocks", pool_reference, mutates_args=())
+_pool_op.register_kernel("cuda", launch_pool)
+_pool_op.register_fake(
+    lambda x, block: x.new_empty(*x.shape[:2], -(-x.shape[2] // block), x.shape[3], dtype=torch.float32)
+)
 _choose_op = library.custom_op("quant_runtime::choose_blocks", choose_reference, mutates_args=())
 _choose_op.register_kernel("cuda", launch_choose)
 _choose_op.register_fake(_fake_choose)

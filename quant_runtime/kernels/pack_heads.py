@@ -8,11 +8,14 @@ bias        (q's, k's) float [D] each, or None: with it the norm is a layer norm
 rope        (cos, sin) float16 or float32 [R, D / 2], or None: neighbouring channels of tokens first .. first + R turn
             as pairs; float16 is off by 2**-12 at most, a tenth of what the rounding to int8 is off by
 block       64 or 128 tokens: share a scale of k; have one mean
+tokens      int32 [B, H, N], each token of a head once, perhaps expanded, or None: which token lies at place n of all
+            that comes out. Norms and angles are those of the token. Without it, place n is token n
 
 q  int8 [B, H, N, D], q_scale  float32 [B, H, N]: one scale a token
 k  int8 [B, H, P, D], k_scale  float32 [B, H, P / block]: one scale a block, the centre of the keys taken away first
 v  float8_e4m3fn [B, H, D, P], keys in attention_fp8.slots' order, v_scale  float32 [B, H, D]: one scale a channel
 q_means, k_means  float32 [B, H, P / block, D], for block_map.choose
+q_alike, k_alike  float32 [B, H, P / block]: how alike a block's tokens are, for blocks_by_mass; of centred keys
 
 P is N up to the next multiple of block; k and v are zero beyond N. Any centre leaves the attention as it is (softmax
 ignores what all scores of a row have in common): here it is the mean of some 1024 keys, evenly spread, which takes the
@@ -30,6 +33,7 @@ from torch.nn.functional import layer_norm, pad
 
 from quant_runtime.kernels._triton import jit, tl, triton
 from quant_runtime.kernels.attention_fp8 import FP8_TOP, slots
+from quant_runtime.kernels.blocks_by_mass import NOTHING, likeness
 from quant_runtime.kernels.quantize_rows import TINY, step, whole
 
 BLOCKS = (64, 128)
@@ -40,7 +44,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Packed(NamedTuple):
-    """Operands of attention_fp8, and block means."""
+    """Operands of attention_fp8, and what its blocks are chosen by."""
 
     q: Tensor
     q_scale: Tensor
@@ -50,6 +54,8 @@ class Packed(NamedTuple):
     v_scale: Tensor
     q_means: Tensor
     k_means: Tensor
+    q_alike: Tensor
+    k_alike: Tensor
 
 
 def pack_heads(
@@ -63,11 +69,12 @@ def pack_heads(
     rope: Pair | None = None,
     first: int = 0,
     bias: Pair | None = None,
+    tokens: Tensor | None = None,
 ) -> Packed:
     if q.dim() != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
         found = [f"{t.dtype} {list(t.shape)}" for t in (q, k, v)]
         raise ValueError(f"pack_heads takes q, k and v float [B, H, N, D] of one kind; got {found}")
-    tokens, size = q.shape[2:]
+    count, size = q.shape[2:]
     if not q.is_floating_point() or size % 2 or block not in BLOCKS:
         raise ValueError(f"pack_heads takes floats, an even D, blocks of 64 or 128; got {q.dtype}, D={size}, {block}")
     wide = q.shape[1] * size
@@ -88,13 +95,16 @@ def pack_heads(
     if rope is not None:
         shape = (rope[0].shape[0], size // 2)
         fits = all(t.shape == shape and t.dtype in (torch.float16, torch.float32) for t in rope)
-        if not fits or not 0 <= first <= tokens - shape[0]:
+        if not fits or not 0 <= first <= count - shape[0]:
             given = " and ".join(f"{t.dtype} {list(t.shape)}" for t in rope)
-            wanted = f"rope as float16 or float32 [R, {size // 2}] twice, first + R up to {tokens}"
+            wanted = f"rope as float16 or float32 [R, {size // 2}] twice, first + R up to {count}"
             raise ValueError(f"pack_heads takes {wanted}; got {given}, first={first}")
+    if tokens is not None and (tokens.shape != q.shape[:3] or tokens.dtype != torch.int32):
+        given = f"{tokens.dtype} {list(tokens.shape)}"
+        raise ValueError(f"pack_heads takes tokens as int32 {list(q.shape[:3])}; got {given}")
     (norm_q, norm_k), (other_q, other_k) = norm or (None, None), others or (None, None)
     (cos, sin), (bias_q, bias_k) = rope or (None, None), bias or (None, None)
-    return Packed(*_op(q, k, v, block, norm_q, norm_k, other_q, other_k, eps, cos, sin, first, bias_q, bias_k))
+    return Packed(*_op(q, k, v, block, norm_q, norm_k, other_q, other_k, eps, cos, sin, first, bias_q, bias_k, tokens))
 
 
 def reference(
@@ -112,28 +122,41 @@ def reference(
     first: int,
     bias_q: Tensor | None,
     bias_k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens = q.shape[2]
-    short = -tokens % block
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count = q.shape[2]
+    short = -count % block
     real_q = _placed(q, norm_q, other_q, eps, cos, sin, first, bias_q)
     real_k = _placed(k, norm_k, other_k, eps, cos, sin, first, bias_k)
+    center = real_k[:, :, :: _stride(count)].mean(dim=2, keepdim=True)
+    v_scale = step(v.float().abs().amax(dim=2), FP8_TOP)
+    if tokens is not None:
+        real_q, real_k, v = (in_places(x, tokens) for x in (real_q, real_k, v))
     q_scale = step(real_q.abs().amax(dim=3), TOP)
-    centred = pad(real_k - real_k[:, :, :: _stride(tokens)].mean(dim=2, keepdim=True), (0, 0, 0, short))
-    groups = centred.unflatten(2, (-1, block))
+    centred = real_k - center
+    groups = pad(centred, (0, 0, 0, short)).unflatten(2, (-1, block))
     k_scale = step(groups.abs().amax(dim=(3, 4)), TOP)
     whole_k = (groups * k_scale.reciprocal()[..., None, None]).round().to(torch.int8).flatten(2, 3)
-    v_scale = step(v.float().abs().amax(dim=2), FP8_TOP)
     values = pad(v.float() * v_scale.reciprocal()[:, :, None], (0, 0, 0, short))
     return (
         (real_q * q_scale.reciprocal()[..., None]).round().to(torch.int8),
         q_scale,
         whole_k,
         k_scale,
-        values.mT[..., slots(tokens + short).to(v.device)].to(torch.float8_e4m3fn),
+        values.mT[..., slots(count + short).to(v.device)].to(torch.float8_e4m3fn),
         v_scale,
         _means(real_q, block),
         _means(real_k, block),
+        likeness(real_q, block),
+        likeness(centred, block),
     )
+
+
+def in_places(x: Tensor, tokens: Tensor) -> Tensor:
+    """x [B, H, N, D] in the order of tokens [B, H, N]."""
+    if tokens.stride()[:2] == (0, 0):  # one order for all heads
+        return x.index_select(2, tokens[0, 0])
+    return x.gather(2, tokens.long()[..., None].expand_as(x))
 
 
 def _placed(
@@ -261,6 +284,7 @@ def _pack(
     sin,
     center,
     most,
+    tokens,
     q_out,
     q_scale,
     k_out,
@@ -269,6 +293,8 @@ def _pack(
     v_scale,
     q_means,
     k_means,
+    q_alike,
+    k_alike,
     H,
     N,
     P,
@@ -285,7 +311,11 @@ def _pack(
     v_b,
     v_h,
     v_n,
+    tokens_b,
+    tokens_h,
     TINY: tl.constexpr,
+    NOTHING: tl.constexpr,
+    TOKENS: tl.constexpr,
     NORM: tl.constexpr,
     OTHER: tl.constexpr,
     ROPE: tl.constexpr,
@@ -302,6 +332,10 @@ def _pack(
     inside = in_n[:, None] & in_d[None, :]
     held = tl.minimum(N - block * BT, BT)
     means = (head64 * BLOCKS + block) * D + d
+    who = n  # the token at each place
+    if TOKENS:
+        tokens += b * tokens_b + h * tokens_h
+        who = tl.load(tokens + n, mask=in_n, other=N)
     if NORM == 2:
         norm_q += h * D
         norm_k += h * D
@@ -311,9 +345,10 @@ def _pack(
     if part == 0:
         mine = q + b * q_b + h * q_h
         real = _load(
-            mine, q_n, n, N, norm_q, bias_q, other_q, inverse_q, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP
+            mine, q_n, who, N, norm_q, bias_q, other_q, inverse_q, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP
         )
         tl.store(q_means + means, tl.sum(real, axis=0) / held, mask=in_d)
+        tl.store(q_alike + head64 * BLOCKS + block, _likeness(real, held, NOTHING))
         scale = _scale(real, 127.0, TINY, BT)
         tl.store(q_scale + head64 * N + n, scale, mask=in_n)
         real *= tl.math.div_rn(tl.full((BT,), 1.0, tl.float32), scale)[:, None]
@@ -321,10 +356,11 @@ def _pack(
     elif part == 1:
         mine = k + b * k_b + h * k_h
         real = _load(
-            mine, k_n, n, N, norm_k, bias_k, other_k, inverse_k, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP
+            mine, k_n, who, N, norm_k, bias_k, other_k, inverse_k, cos, sin, first, R, eps, NORM, OTHER, ROPE, BT, D, DP
         )
         tl.store(k_means + means, tl.sum(real, axis=0) / held, mask=in_d)
         real = tl.where(inside, real - tl.load(center + head * D + d, mask=in_d, other=0.0)[None, :], 0.0)
+        tl.store(k_alike + head64 * BLOCKS + block, _likeness(real, held, NOTHING))
         each = _scale(real, 127.0, TINY, BT)
         broken = tl.max((each != each).to(tl.float32), axis=0)
         shared = tl.where(broken > 0, float("nan"), tl.max(each, axis=0))
@@ -338,12 +374,22 @@ def _pack(
             tl.store(v_scale + head * D + d, channel, mask=in_d)
         inner = t % 16  # slots 4t .. 4t + 3 of 16 hold keys 2t, 2t + 1, 8 + 2t, 8 + 2t + 1
         m = block * BT + t - inner + inner // 4 * 2 + inner % 2 + inner // 2 % 2 * 8
+        if TOKENS:
+            m = tl.load(tokens + m, mask=m < N, other=N)
         in_v = (m < N)[:, None] & in_d[None, :]
         mine = v + b * v_b + h * v_h
         real = tl.load(mine + m.to(tl.int64)[:, None] * v_n + d[None, :], mask=in_v, other=0.0).to(tl.float32)
         real *= tl.math.div_rn(tl.full((DP,), 1.0, tl.float32), channel)[None, :]
         at = v_out + (head64 * D + d)[:, None] * P + n[None, :]
         tl.store(at, tl.trans(real.to(tl.float8e4nv)), mask=in_d[:, None])
+
+
+@jit
+def _likeness(real, held, NOTHING: tl.constexpr):
+    """The mean cosine of all pairs of rows of real, zeros beyond `held`: the square of the mean of their directions."""
+    inverse = tl.math.rsqrt(tl.maximum(tl.sum(real * real, axis=1), NOTHING))
+    together = tl.sum(real * inverse[:, None], axis=0) / held
+    return tl.sum(together * together, axis=0)
 
 
 @jit
@@ -424,10 +470,12 @@ def launch(
     first: int,
     bias_q: Tensor | None,
     bias_k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, tokens, size = q.shape
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, count, size = q.shape
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     outputs = _empty(q, block)
+    tokens = tokens if tokens is None or tokens.stride(2) == 1 else tokens.contiguous()
     norm_q, norm_k, bias_q, bias_k, other_q, other_k, cos, sin = (
         None if t is None else t.contiguous() for t in (norm_q, norm_k, bias_q, bias_k, other_q, other_k, cos, sin)
     )
@@ -440,12 +488,12 @@ def launch(
     sizes = {"D": size, "DP": max(16, triton.next_power_of_2(size))}
     inverse_q = inverse_k = None
     if together:
-        inverse_q, inverse_k = torch.empty(2, batch, tokens, dtype=torch.float32, device=q.device)
+        inverse_q, inverse_k = torch.empty(2, batch, count, dtype=torch.float32, device=q.device)
         wide = {"H": heads, "D": size, "WP": triton.next_power_of_2(heads * size)}
         for x, inverse in ((q, inverse_q), (k, inverse_k)):
-            _together[(tokens, batch)](x, inverse, tokens, *x.stride()[:3], eps, **wide)
+            _together[(count, batch)](x, inverse, count, *x.stride()[:3], eps, **wide)
     all_heads, blocks = batch * heads, outputs[3].shape[2]
-    place = (heads, tokens, first, rotated, eps)
+    place = (heads, count, first, rotated, eps)
     _center[(all_heads,)](
         k,
         norm_k,
@@ -456,13 +504,13 @@ def launch(
         sin,
         center,
         *place,
-        _stride(tokens),
+        _stride(count),
         *k.stride()[:3],
         **kinds,
         BT=64,
         **sizes,
     )
-    _largest[(all_heads, triton.cdiv(tokens, 512))](v, most, heads, tokens, *v.stride()[:3], BT=128, **sizes)
+    _largest[(all_heads, triton.cdiv(count, 512))](v, most, heads, count, *v.stride()[:3], BT=128, **sizes)
     _pack[(all_heads, blocks, 3)](
         q,
         k,
@@ -479,9 +527,10 @@ def launch(
         sin,
         center,
         most,
+        tokens,
         *outputs,
         heads,
-        tokens,
+        count,
         outputs[2].shape[2],
         blocks,
         first,
@@ -490,7 +539,10 @@ def launch(
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
+        *((0, 0) if tokens is None else tokens.stride()[:2]),
         TINY=TINY,
+        NOTHING=NOTHING,
+        TOKENS=tokens is not None,
         **kinds,
         BT=block,
         **sizes,
@@ -499,28 +551,32 @@ def launch(
     return outputs
 
 
-def _empty(q: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, tokens, size = q.shape
-    blocks = -(-tokens // block)
+def _empty(
+    q: Tensor, block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, count, size = q.shape
+    blocks = -(-count // block)
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(batch, heads, *shape, dtype=dtype, device=q.device)
 
     return (
-        empty(torch.int8, tokens, size),
-        empty(torch.float32, tokens),
+        empty(torch.int8, count, size),
+        empty(torch.float32, count),
         empty(torch.int8, blocks * block, size),
         empty(torch.float32, blocks),
         empty(torch.float8_e4m3fn, size, blocks * block),
         empty(torch.float32, size),
         empty(torch.float32, blocks, size),
         empty(torch.float32, blocks, size),
+        empty(torch.float32, blocks),
+        empty(torch.float32, blocks),
     )
 
 
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, block: int, *_: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty(q, block)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from quant_runtime.kernels.attention_blocks import key_mask
+from quant_runtime.kernels.block_map import pool
+from quant_runtime.kernels.blocks_by_mass import likeness
 
 LAYOUTS = 32  # for so many layouts of late, what follows from them is kept: a service sees a few sizes again and again
 
@@ -66,6 +68,26 @@ def first_frame(layout: TokenLayout) -> Tensor:
     return mask
 
 
+@functools.lru_cache(maxsize=LAYOUTS)
+def grid(layout: TokenLayout) -> Tensor:
+    """int64 [3, tokens] on the CPU, not to be written to: frame, row and column of each token, zeros for placeless."""
+    places = torch.zeros(3, layout.tokens, dtype=torch.int64)
+    extents = (layout.frames, layout.height, layout.width)
+    places[:, ~placeless(layout)] = torch.cartesian_prod(*(torch.arange(n) for n in extents)).view(-1, 3).T
+    return places
+
+
+def placeless_together(layout: TokenLayout, key: Tensor) -> Tensor:
+    """int64 [tokens]: the tokens of the grid by ascending key [tokens], int64; beside them the others in their order.
+
+    These stay behind where text alone is and stands there; else they go in front, special tokens from all frames.
+    """
+    free, behind = placeless(layout), not (layout.special or layout.text_first)
+    group = free.long() if behind else (~free).long()
+    by_key = torch.where(free, 0, key).argsort(stable=True)
+    return by_key[group[by_key].argsort(stable=True)]
+
+
 def blocks_with(mask: Tensor, block: int) -> Tensor:
     """bool [ceil(N / block)] of mask bool [N]: the blocks that hold any such token."""
     padded = torch.nn.functional.pad(mask, (0, -len(mask) % block))
@@ -80,6 +102,7 @@ class AttentionCall:
     step: int  # of the generation, from 0
     steps: int
     layout: TokenLayout
+    branch: int = 0  # calls of this layer in this step before it: where one guides another, each has a number
     refresh: bool = False  # runs dense, and what its choice of blocks loses is kept for the sparse steps behind it
 
 
@@ -106,19 +129,75 @@ class Blocks:
         return torch.empty(kept.shape, dtype=torch.int32, device=kept.device).scatter_(3, place, every)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a policy may look at of a call's queries and keys: blocks of `block` tokens in their places.
+
+    Means float32 [B, H, ceil(N / block), D] and likenesses (kernels/blocks_by_mass.py) float32 [B, H, ceil(N / block)],
+    of queries and of keys, are worked out for those that ask.
+    """
+
+    heads: tuple[int, int]  # B and H
+    device: torch.device
+    block: int
+    means: Callable[[], tuple[Tensor, Tensor]]
+    alike: Callable[[], tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, block: int) -> Seen:
+        """Of floats [B, H, N, D]."""
+
+        def alike() -> tuple[Tensor, Tensor]:
+            return likeness(q, block), likeness(k.float() - k.mean(dim=2, keepdim=True, dtype=torch.float32), block)
+
+        return cls((q.shape[0], q.shape[1]), q.device, block, lambda: (pool(q, block), pool(k, block)), alike)
+
+
 class Policy(Hashable, Protocol):
     """A frozen dataclass: its fields are its knobs."""
 
-    def order(self, layout: TokenLayout) -> Tensor | None:
-        """In which order the tokens go into blocks: int64 [tokens] on the CPU, or None for the order they have."""
+    @property
+    def block(self) -> int:
+        """Tokens of a block, where the kernel leaves it open."""
         ...
 
-    def blocks(self, q: Tensor, k: Tensor, call: AttentionCall) -> Blocks | None:
-        """What this call keeps, of q and k [B, H, N, D] in that order; None for everything."""
+    def orders(self, layout: TokenLayout, block: int) -> Tensor | None:
+        """In which order tokens go into blocks of `block`: int64 [ways, tokens] on the CPU; None for the one they have.
+
+        Of several ways each head has one: such a policy is a Choosing one. Else there is one way, for all heads.
+        """
         ...
 
-    def blocks_by_means(self, q_means: Tensor, k_means: Tensor, call: AttentionCall, block: int) -> Blocks | None:
-        """The same, of the means of every `block` queries and keys, float32 [B, H, ceil(N / block), D]."""
+    def blocks(self, seen: Seen, call: AttentionCall, ways: Tensor | None) -> Blocks | None:
+        """What this call keeps; None for everything. `ways` is what the policy chose, None for one that does not."""
+        ...
+
+
+class Look(Protocol):
+    """A call's operands before they have places, for those who choose between ways to place them."""
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """B and H."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def block(self) -> int: ...
+
+    def head(self, h: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of head h in float32: queries [B, R, D] of the tokens `queries`, int64 [R]; keys and values [B, N, D]."""
+        ...
+
+
+@runtime_checkable
+class Choosing(Policy, Protocol):
+    """A policy with several ways. What it chooses is kept by the AttentionState, and asked for again at refreshes."""
+
+    def choose(self, look: Look, call: AttentionCall) -> Tensor:
+        """The way of each head: int64 [B, H] on the device."""
         ...
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from quant_runtime.sparsity.base import AttentionCall, Blocks, TokenLayout
+from quant_runtime.sparsity.base import AttentionCall, Blocks, Seen, TokenLayout
 
 
 @dataclass(frozen=True)
 class Dense:
-    def order(self, layout: TokenLayout) -> None:
+    block: ClassVar[int] = 64
+
+    def orders(self, layout: TokenLayout, block: int) -> None:
         return None
 
-    def blocks(self, q: Tensor, k: Tensor, call: AttentionCall) -> Blocks | None:
-        return None
-
-    def blocks_by_means(self, q_means: Tensor, k_means: Tensor, call: AttentionCall, block: int) -> Blocks | None:
+    def blocks(self, seen: Seen, call: AttentionCall, ways: Tensor | None) -> Blocks | None:
         return None

@@ -9,19 +9,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from quant_runtime.kernels import block_map
-from quant_runtime.sparsity.base import (
-    LAYOUTS,
-    AttentionCall,
-    Blocks,
-    TokenLayout,
-    blocks_with,
-    first_frame,
-    placeless,
-)
+from quant_runtime.sparsity.always import always_kept, check_block, check_density, kept_in_order, placeless_first
+from quant_runtime.sparsity.base import LAYOUTS, AttentionCall, Blocks, Seen, TokenLayout
 
 
 @dataclass(frozen=True)
@@ -39,49 +31,26 @@ class TopK:
     first_frame: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density is above 0 and at most 1; got {self.density}")
-        if self.block not in (16, 32, 64, 128):
-            raise ValueError(f"block is 16, 32, 64 or 128 tokens; got {self.block}")
+        check_density(self.density)
+        check_block(self.block)
 
-    def order(self, layout: TokenLayout) -> Tensor | None:
-        return _placeless_first(layout) if layout.special else None
+    def orders(self, layout: TokenLayout, block: int) -> Tensor | None:
+        return placeless_first(layout)
 
-    def blocks(self, q: Tensor, k: Tensor, call: AttentionCall) -> Blocks | None:
-        keep, forced, whole = _fixed(self, call.layout, self.block, q.device)
-        keys = -(-k.shape[2] // self.block)
-        kept, counts = block_map.block_map(q, k, keep, self.block, self.block, forced, whole)
-        return Blocks(kept, counts, self.block, self.block, keys)
-
-    def blocks_by_means(self, q_means: Tensor, k_means: Tensor, call: AttentionCall, block: int) -> Blocks | None:
-        keep, forced, whole = _fixed(self, call.layout, block, q_means.device)
+    def blocks(self, seen: Seen, call: AttentionCall, ways: Tensor | None) -> Blocks | None:
+        forced, whole = always_kept(call.layout, seen.block, self.first_frame, seen.device)
+        keep = _count(self, call.layout, seen.block)
+        q_means, k_means = seen.means()
         kept, counts = block_map.choose(q_means, k_means, keep, forced, whole)
-        return Blocks(kept, counts, block, block, k_means.shape[2])
+        return Blocks(kept, counts, seen.block, seen.block, k_means.shape[2])
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
-def _placeless_first(layout: TokenLayout) -> Tensor:
-    return torch.argsort((~placeless(layout)).to(torch.int8), stable=True)
-
-
-@functools.lru_cache(maxsize=LAYOUTS)
-def _fixed(
-    policy: TopK, layout: TokenLayout, block: int, device: torch.device
-) -> tuple[int, Tensor | None, Tensor | None]:
-    """What does not depend on q and k: blocks a row keeps, blocks every row keeps, rows that keep all."""
-    order = policy.order(layout)
-    free = placeless(layout) if order is None else placeless(layout)[order]
-    always = free
-    if policy.first_frame:
-        always = free | (first_frame(layout) if order is None else first_frame(layout)[order])
-    forced, whole = blocks_with(always, block), blocks_with(free, block)
-
-    rows = len(whole)
-    sparse_rows = rows - int(whole.sum())
+def _count(policy: TopK, layout: TokenLayout, block: int) -> int:
+    """How many blocks a row keeps that does not keep all."""
+    order = policy.orders(layout, block)
+    forced, whole = kept_in_order(layout, None if order is None else order[0], block, policy.first_frame)
+    rows, sparse_rows = len(whole), int((~whole).sum())
     wanted = policy.density * rows * rows - (rows - sparse_rows) * rows
     keep = max(1, int(forced.sum()), round(wanted / sparse_rows) if sparse_rows else rows)
-    return (
-        min(keep, rows),
-        forced.to(device) if bool(forced.any()) else None,
-        whole.to(device) if bool(whole.any()) else None,
-    )
+    return min(keep, rows)

@@ -125,6 +125,44 @@ def test_nothing_is_lost_where_nothing_is_left_out(version, device):
     assert lost[:, :, 64:].any()
 
 
+def shuffled(shape, device, shared):
+    batch, heads, count, *_ = shape
+    tokens = torch.rand(batch, heads, count, device=device).argsort(dim=2).to(torch.int32)
+    return tokens[:1, :1].expand(batch, heads, count) if shared else tokens
+
+
+def placed(x, tokens):
+    return x.gather(2, tokens.long()[..., None].expand_as(x))
+
+
+@pytest.mark.parametrize("version", [op.reference, op.on_cpu, op.launch])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.int8, torch.float32])
+def test_answers_go_to_the_tokens_of_their_places_and_what_is_added_lies_there(version, shared, dtype, device):
+    if version is op.on_cpu and device != "cpu":
+        pytest.skip("the CPU version runs on CPU tensors")
+    shape = (2, 2, 200, 64, 64)
+    args, tokens = refresh_arguments(shape, device), shuffled(shape, device, shared)
+    added, scale = (None, None) if dtype is None else residual(shape, device, dtype)
+    out = version(*args, added, scale, tokens)
+    want = version(*args, None, None)
+    if added is not None:
+        want = want + placed(op.unpacked_residual(added, scale), tokens)
+    assert relative_error(placed(out, tokens), want) < FP32_ROUNDING
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("version", [op.refresh_reference, op.refresh_on_cpu, op.refresh_launch])
+def test_a_refresh_answers_by_tokens_too(version, device):
+    if version is op.refresh_on_cpu and device != "cpu":
+        pytest.skip("the CPU version runs on CPU tensors")
+    shape = SHAPES[0]
+    args, tokens = refresh_arguments(shape, device), shuffled(shape, device, False)
+    for got, want in zip(version(*args, tokens), version(*args), strict=True):
+        assert torch.equal(placed(got, tokens), want)
+        assert got.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("version", [op.on_cpu, op.launch])
 def test_all_blocks_kept_is_dense_attention(version, device):
     if version is op.on_cpu and device != "cpu":
@@ -179,6 +217,7 @@ def test_heads_merge_without_a_copy(device):
         ({"v": torch.zeros(1, 2, 64, 256)}, "v as torch.float8_e4m3fn"),
         ({"counts": torch.zeros(1, 2, 3, dtype=torch.int32)}, r"counts as torch.int32 \[1, 2, 4\]"),
         ({"out_dtype": torch.float64}, "out_dtype=torch.float64"),
+        ({"tokens": torch.zeros(1, 2, 200, dtype=torch.int64)}, r"tokens as torch.int32 \[1, 2, 200\]"),
         ({"residual": torch.zeros(1, 2, 64, 200)}, r"residual as int8 or float \[1, 2, 200, 64\]"),
         ({"residual": torch.zeros(1, 2, 200, 64, dtype=torch.int8)}, "residual_scale with an int8 residual"),
         ({"residual_scale": torch.ones(1, 2, 200)}, "and only then; it is none"),

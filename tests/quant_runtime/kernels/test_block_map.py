@@ -11,7 +11,17 @@ SHAPES = [  # batch, heads, queries, keys, size, block_q, block_k, keep
     (1, 2, 257, 200, 64, 16, 32, 7),
     (1, 1, 64, 64, 16, 16, 16, 4),
 ]
-VERSIONS = [op.reference, pytest.param(op.launch, marks=pytest.mark.skipif(op.triton is None, reason="no Triton"))]
+
+
+def reference(q, k, keep, block_q, block_k, forced, whole):
+    return op.choose_reference(op.pool_reference(q, block_q), op.pool_reference(k, block_k), keep, forced, whole)
+
+
+def launch(q, k, keep, block_q, block_k, forced, whole):
+    return op.launch_choose(op.launch_pool(q, block_q), op.launch_pool(k, block_k), keep, forced, whole)
+
+
+VERSIONS = [reference, pytest.param(launch, marks=pytest.mark.skipif(op.triton is None, reason="no Triton"))]
 
 
 def inputs(shape, device):
@@ -67,7 +77,7 @@ def test_of_equal_scores_the_earlier_block_is_kept_and_a_nan_is_the_lowest(versi
 
 def test_more_blocks_than_there_are_is_all_of_them(device):
     q, k = inputs(SHAPES[3], device)
-    kept, _ = op.block_map(q, k, 99, 16, 16)
+    kept, _ = op.choose(op.pool(q, 16), op.pool(k, 16), 99)
     assert kept[0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
@@ -75,17 +85,20 @@ def test_more_blocks_than_there_are_is_all_of_them(device):
     ("change", "named"),
     [
         ({"keep": 0}, "keep=0"),
-        ({"k": torch.zeros(1, 1, 64, 8)}, r"\[1, 1, 64, 8\]"),
+        ({"k_means": torch.zeros(1, 1, 4, 16, dtype=torch.float16)}, r"torch.float16 \[1, 1, 4, 16\]"),
         ({"forced": torch.ones(3, dtype=torch.bool)}, r"forced is bool \[4\]"),
         ({"whole": torch.ones(4)}, r"whole is bool \[4\]; got torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change, named):
-    q, k = inputs(SHAPES[3], "cpu")
+    pooled = torch.zeros(1, 1, 4, 16)
     with pytest.raises(ValueError, match=named):
-        op.block_map(**{"q": q, "k": k, "keep": 2, "block_q": 16, "block_k": 16} | change)
+        op.choose(**{"q_means": pooled, "k_means": pooled, "keep": 2} | change)
+    with pytest.raises(ValueError, match="int8"):
+        op.pool(pooled.to(torch.int8), 16)
 
 
 def test_torch_accepts_the_op(device):
-    args = (*inputs(SHAPES[3], device), 2, 16, 16, None, None)
-    library.opcheck(torch.ops.quant_runtime.block_map.default, args)
+    q, k = inputs(SHAPES[3], device)
+    library.opcheck(torch.ops.quant_runtime.pool_blocks.default, (q, 16))
+    library.opcheck(torch.ops.quant_runtime.choose_blocks.default, (op.pool(q, 16), op.pool(k, 16), 2, None, None))

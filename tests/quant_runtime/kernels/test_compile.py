@@ -20,6 +20,7 @@ from quant_runtime.kernels import (
     attention_blocks,
     attention_fp8,
     block_map,
+    blocks_by_mass,
     gelu_quantize,
     hadamard,
     hadamard_quantize,
@@ -68,10 +69,16 @@ def launches() -> Iterator[Callable[[], object]]:
 
     head = torch.zeros(1, 2, 200, 128, dtype=torch.bfloat16)
     small, whole = head[..., :64], head.to(torch.int8)
-    kept, counts = block_map.reference(head, head, 2, 64, 64, None, None)
+    pooled = block_map.pool_reference(head, 64)
+    kept, counts = block_map.choose_reference(pooled, pooled, 2, None, None)
     tokens = torch.ones(1, 2, 200)
     yield lambda: quantize_heads.launch(small, quantize_heads.key_center(small), 64)
-    yield lambda: block_map.launch(head, head, 2, 64, 64, torch.ones(4).bool(), torch.ones(4).bool())
+    yield lambda: block_map.launch_pool(head, 64)
+    yield lambda: block_map.launch_choose(pooled, pooled, 2, torch.ones(4).bool(), torch.ones(4).bool())
+    means, each = torch.zeros(1, 2, 4, 128), torch.ones(1, 2, 4)
+    bounds = (0.9, 1, 4, torch.ones(4).bool(), torch.ones(4).bool())
+    yield lambda: blocks_by_mass.launch(means, means, *bounds, each, each, 0.1)
+    yield lambda: blocks_by_mass.launch(means, means, 0.9, 1, 4, None, None, None, None, 0.0)
     yield lambda: attention_blocks.launch(small, small, small, kept, counts, 64, 64, None, None, 0.1)
     yield lambda: attention_blocks.launch(whole, whole, head, kept, counts, 64, 64, tokens, tokens, 0.1)
 
@@ -88,11 +95,14 @@ def launches() -> Iterator[Callable[[], object]]:
     short = angles.half()
     yield lambda: pack_heads.launch(head, head, head, 128, together, together, *none, 1e-6, short, short, 0, *none)
     yield lambda: pack_heads.launch(small, small, small, 64, *none, *none, 1e-6, *none, 0, *none)
+    places = torch.arange(200, dtype=torch.int32).expand(1, 2, 200)
+    yield lambda: pack_heads.launch(head, head, head, 128, norm, norm, *none, 1e-6, short, short, 0, *none, places)
     layer, slim = torch.ones(64, dtype=torch.bfloat16), short[:, :32]  # CogVideoX and VGGT: a layer norm, heads of 64
     yield lambda: pack_heads.launch(small, small, small, 128, layer, layer, *none, 1e-6, slim, slim, 26, layer, layer)
     for x, block in ((head, 128), (small, 64), (small, 128)):
         operands = pack_heads.reference(x, x, x, block, *none, *none, 1e-6, *none, 0, *none)[:6]
-        kept, counts = block_map.reference(x, x, 1, block, block, None, None)
+        x_means = block_map.pool_reference(x, block)
+        kept, counts = block_map.choose_reference(x_means, x_means, 1, None, None)
         q, q_scale, k, k_scale, v, v_scale = operands
         rest = (kept, counts, 200, block, block, torch.bfloat16, 0.1)
         given = (q, k, v, q_scale, k_scale, v_scale, *rest)
@@ -100,6 +110,8 @@ def launches() -> Iterator[Callable[[], object]]:
         yield lambda given=given, x=x: attention_fp8.launch(*given, x, None)
         yield lambda given=given, x=x: attention_fp8.launch(*given, x.to(torch.int8), torch.ones(1, 2, 200))
         yield lambda given=given: attention_fp8.refresh_launch(*given)
+        yield lambda given=given, x=x: attention_fp8.launch(*given, x, None, places)
+        yield lambda given=given: attention_fp8.refresh_launch(*given, places)
 
 
 class Recorder:
@@ -135,16 +147,26 @@ def _type(value: object) -> str:
 
 
 def main() -> None:
-    for module in (attention_blocks, attention_fp8, block_map, gelu_quantize, hadamard, hadamard_quantize):
+    for module in (attention_blocks, attention_fp8, block_map, blocks_by_mass, gelu_quantize, hadamard):
         record_kernels(module)
-    for module in (linear_w4a8, linear_w8a8, norm_quantize, pack_heads, quantize_heads, quantize_rows, unpack):
+    for module in (
+        hadamard_quantize,
+        linear_w4a8,
+        linear_w8a8,
+        norm_quantize,
+        pack_heads,
+        quantize_heads,
+        quantize_rows,
+        unpack,
+    ):
         record_kernels(module)
     for launch in launches():
         launch()
 
 
 def record_kernels(module: Any) -> None:
-    for name in ("_kernel", "_persistent", "_across", "_pool", "_select", "_center", "_largest", "_together", "_pack"):
+    names = ("_kernel", "_persistent", "_across", "_pool", "_select", "_choose")
+    for name in (*names, "_center", "_largest", "_together", "_pack"):
         if hasattr(module, name):
             setattr(module, name, Recorder(getattr(module, name)))
 

@@ -11,6 +11,7 @@ from tests.support import relative_error
 
 INT8 = 0.02  # rounding to steps of 1/127 of the largest of a token, or of a block
 E4M3 = 0.04  # rounding to 3 bits behind the first
+CANCELLED = 1e-5  # of directions that point everywhere, a mean is a tenth of one: its float32 is ten times as far off
 FLIPS = 2e-3  # of the entries may fall to the other side of a half: a GPU fuses products and sums
 INTERPRETED = 0.07  # Triton's interpreter rounds up to a power of two as down to half of it
 SHAPES = [  # batch, heads, tokens, size, block, tokens that turn, first of them
@@ -44,15 +45,30 @@ def arguments(shape, device, dtype=torch.float32, kind="heads"):
     return q, k, v, block, *weights, 1e-6, angles.cos(), angles.sin(), first, *biases
 
 
+def shuffled(shape, device, shared=False):
+    """An order of its own for every head, or one for all, expanded as a policy's is."""
+    batch, heads, count, *_ = shape
+    if shared:
+        return torch.randperm(count, device=device).to(torch.int32).expand(batch, heads, count)
+    return torch.rand(batch, heads, count, device=device).argsort(dim=2).to(torch.int32)
+
+
 @pytest.mark.skipif(op.triton is None, reason="Triton is not installed")
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [*((kind, "as they come") for kind in KINDS), ("heads", "of each head"), ("together", "of all heads")],
+)
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
-def test_triton_agrees_with_the_reference(shape, kind, dtype, device):
+def test_triton_agrees_with_the_reference(shape, kind, order, dtype, device):
     args = arguments(shape, device, dtype, kind)
+    if order != "as they come":
+        args = (*args, shuffled(shape, device, order == "of all heads"))
     got, want = op.Packed(*op.launch(*args)), op.Packed(*op.reference(*args))
     for name in ("q_scale", "k_scale", "v_scale", "q_means", "k_means"):
         assert relative_error(getattr(got, name), getattr(want, name)) < FP32_ROUNDING, name
+    for name in ("q_alike", "k_alike"):
+        assert relative_error(getattr(got, name), getattr(want, name)) < CANCELLED, name
     for name in ("q", "k"):
         apart = (getattr(got, name).int() - getattr(want, name).int()).abs()
         assert apart.max() <= 1, name
@@ -92,6 +108,26 @@ def test_the_reference_packs_what_diffusers_norms_and_rotation_give(shape, kind)
     assert relative_error(packed.k_means[:, :, -1], want_k[:, :, (tokens - 1) // block * block :].mean(dim=2)) < 1e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_places_hold_the_tokens_they_are_told_to_with_their_norms_and_angles(kind, device):
+    shape = (2, 2, 150, 32, 64, 100, 30)
+    args, tokens = arguments(shape, device, kind=kind), shuffled(shape, device)
+    plain, placed = op.Packed(*op._op(*args, None)), op.Packed(*op._op(*args, tokens))
+    assert torch.equal(placed.q, op.in_places(plain.q, tokens))
+    assert torch.equal(placed.q_scale, plain.q_scale.gather(2, tokens.long()))
+    assert torch.equal(placed.v_scale, plain.v_scale)
+
+    def keys(packed):
+        return (packed.k.unflatten(2, (-1, 64)) * packed.k_scale[..., None, None]).flatten(2, 3)[:, :, :150]
+
+    assert relative_error(keys(placed), op.in_places(keys(plain), tokens)) < INT8, "other blocks have other scales"
+    values = [unpacked_values(packed.v, packed.v_scale, 150) for packed in (placed, plain)]
+    assert torch.equal(values[0], op.in_places(values[1], tokens))
+    first = op.in_places(plain.q * plain.q_scale[..., None], tokens)[:, :, :64]
+    assert relative_error(placed.q_means[:, :, 0], first.mean(dim=2)) < INT8
+    assert not torch.equal(placed.k_alike, plain.k_alike)
+
+
 def test_a_norm_of_all_heads_together_is_that_of_their_channels_side_by_side(device):
     q, k, v, block, norm_q, norm_k, *_ = arguments((2, 3, 20, 32, 64, 0, 0), device, kind="together")
     packed = op.pack_heads(q, k, v, block, (norm_q, norm_k))
@@ -126,6 +162,8 @@ def test_what_is_not_finite_shows_where_it_is(version, device):
         ({"norm": (torch.ones(32), torch.ones(32)), "bias": (torch.ones(64), torch.ones(64))}, "bias is two weights"),
         ({"rope": (torch.zeros(9, 16), torch.zeros(10, 16))}, r"\[9, 16\]"),
         ({"rope": (torch.zeros(9, 16), torch.zeros(9, 16)), "first": 4}, "first=4"),
+        ({"tokens": torch.zeros(1, 2, 9)}, r"tokens as int32 \[1, 2, 9\]; got torch.float32"),
+        ({"tokens": torch.zeros(1, 9, dtype=torch.int32)}, r"got torch.int32 \[1, 9\]"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused_by_name(change, named):

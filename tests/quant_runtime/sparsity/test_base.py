@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from quant_runtime.sparsity.base import Blocks, TokenLayout, blocks_with, every_block, first_frame, placeless
+from quant_runtime.sparsity.base import (
+    Blocks,
+    TokenLayout,
+    blocks_with,
+    every_block,
+    first_frame,
+    grid,
+    placeless,
+    placeless_together,
+)
 
 
 def test_a_layout_counts_its_tokens():
@@ -49,3 +58,21 @@ def test_all_blocks_are_listed_those_that_are_kept_first(device):
 def test_a_layout_without_tokens_is_refused(wrong):
     with pytest.raises(ValueError, match="TokenLayout"):
         TokenLayout(*wrong)
+
+
+def test_the_grid_names_frame_row_and_column():
+    places = grid(TokenLayout(2, 1, 2, special=1, text=1, text_first=True))
+    assert places.tolist() == [[0, 0, 0, 0, 0, 1, 1], [0] * 7, [0, 0, 0, 1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "order"),
+    [
+        (TokenLayout(2, 1, 2, text=2), [2, 3, 0, 1, 4, 5]),
+        (TokenLayout(2, 1, 2, text=2, text_first=True), [0, 1, 4, 5, 2, 3]),
+        (TokenLayout(2, 1, 2, special=1), [0, 3, 4, 5, 1, 2]),
+        (TokenLayout(2, 1, 1, special=1, text=1), [0, 2, 4, 3, 1]),
+    ],
+)
+def test_tokens_of_the_grid_are_ordered_and_the_others_stay_together(layout, order):
+    assert placeless_together(layout, -grid(layout)[0]).tolist() == order

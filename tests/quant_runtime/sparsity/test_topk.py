@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from quant_runtime.kernels.attention_blocks import key_mask
-from quant_runtime.sparsity.base import AttentionCall, TokenLayout
+from quant_runtime.sparsity.base import AttentionCall, Seen, TokenLayout
 from quant_runtime.sparsity.topk import TopK
 
 ONE_BLOCK = 0.5  # a row keeps a whole number of blocks: the density is met to half a block of a row
@@ -10,7 +10,7 @@ ONE_BLOCK = 0.5  # a row keeps a whole number of blocks: the density is met to h
 
 def blocks(policy, layout, device, batch=2, heads=2, size=16):
     q, k = (torch.randn(batch, heads, layout.tokens, size, device=device) for _ in range(2))
-    return policy.blocks(q, k, AttentionCall(0, 0, 1, layout))
+    return policy.blocks(Seen.of(q, k, policy.block), AttentionCall(0, 0, 1, layout), None)
 
 
 @pytest.mark.parametrize("density", [0.35, 0.5, 0.77, 1.0])
@@ -57,9 +57,9 @@ def test_every_block_that_holds_text_is_kept_though_text_fills_it_only_partly(te
 
 def test_special_tokens_are_gathered_in_front():
     layout = TokenLayout(3, 2, 2, special=2)
-    order = TopK().order(layout)
+    (order,) = TopK().orders(layout, 64)
     assert order.tolist() == [0, 1, 6, 7, 12, 13, 2, 3, 4, 5, 8, 9, 10, 11, 14, 15, 16, 17]
-    assert TopK().order(TokenLayout(3, 2, 2, text=4)) is None
+    assert TopK().orders(TokenLayout(3, 2, 2, text=4), 64) is None
 
 
 def test_gathered_special_tokens_fill_blocks_of_their_own(device):
