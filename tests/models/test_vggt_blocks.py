@@ -115,6 +115,7 @@ def test_a_network_of_packed_blocks_answers_what_it_answered(plan, method, bits,
     assert all(isinstance(block.forward, Block) for block in blocks(made))
     assert relative_error(run(made, PLANS[plan], images), run(stock, PLANS[plan], images)) < MANY_FLIPS
     assert made.attention.density() == stock.attention.density()
+    assert made.attention.density().packed == (plan != "16 bits")
     assert made.packs_frames() == (plan in ("packed", "sparse"))
 
 
