@@ -171,6 +171,7 @@ def record_kernels(module: Any) -> None:
             setattr(module, name, Recorder(getattr(module, name)))
 
 
+@pytest.mark.timeout(900)  # some sixty of them, on a machine that may have other work
 @pytest.mark.skipif(triton is None, reason="Triton is not installed")
 def test_every_kernel_compiles_for_hopper(tmp_path):
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
