@@ -195,7 +195,7 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
         if chosen.refresh:
             its = (chosen.residual_order, chosen.residual_rank, chosen.residual_bits, chosen.residual_place)
             residual = Residual(chosen.refresh, *its)
-            run += f", {residual.words()}, {residual.place}"
+            run += f", {residual.words()}"
         plan = AttentionPlan(TopK(densities[0]), chosen.warmup, dense_qk_bits=8, pv_bits=8, residual=residual)
         if residual is not None:  # kernels of a first and of a second refresh are compiled before the clock runs
             model.attend(replace(plan, warmup=0.0, residual=replace(residual, interval=1)))
@@ -217,8 +217,8 @@ def sizes(case: str, run: str, ran: Density) -> Iterator[dict[str, Any]]:
     peak = torch.cuda.max_memory_allocated() / 2**30
     yield report.row(f"{case} {run}", "peak memory", peak, "GiB", "lower", samples=1)
     if ran.residual is not None:
-        kept = ran.residual.bytes / 2**30
-        yield report.row(f"{case} {run}", "residual", kept, "GiB", "lower", samples=1, error=ran.residual.place)
+        kept, place = ran.residual.bytes / 2**30, ran.residual.place
+        yield report.row(f"{case} {run}", f"residual on the {place}", kept, "GiB", "lower", samples=1)
 
 
 def film(model: VideoModel, step: Callable[[], Tensor], steps: int) -> float:
