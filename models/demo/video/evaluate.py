@@ -10,7 +10,7 @@ Gradient energies are ratios to the same captions' rendered clips. `compression`
 precision in float32, same seed; mean over prompts and seeds, `error` the least and the most. `residual`: sparse
 attention with and without what it loses cached, against the dense film of the same W8A8 model; `error` tells the
 density too, dense steps counted, and at refreshes behind others norms beside the dense answer's: what was `lost`, and
-`lost_anew` since the refresh before. Rows as in quant_runtime/report.py, into docs/results/demo_video_NAME-DEVICE.jsonl.
+`lost_anew` since the refresh before. Rows as in quant_runtime/report.py, in docs/results/demo_video_NAME-DEVICE.jsonl.
 """
 
 from __future__ import annotations
