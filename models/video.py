@@ -361,16 +361,19 @@ class VideoModel(ABC):
                 clock.lap("denoise")
             return tensors
 
-        video = self.pipeline(inputs)(
-            **asked,
-            height=inputs.height,
-            width=inputs.width,
-            num_frames=inputs.frames,
-            num_inference_steps=inputs.steps,
-            generator=torch.Generator("cpu").manual_seed(inputs.seed),
-            callback_on_step_end=stepped,
-            output_type="pt",
-        ).frames[0]
+        try:
+            video = self.pipeline(inputs)(
+                **asked,
+                height=inputs.height,
+                width=inputs.width,
+                num_frames=inputs.frames,
+                num_inference_steps=inputs.steps,
+                generator=torch.Generator("cpu").manual_seed(inputs.seed),
+                callback_on_step_end=stepped,
+                output_type="pt",
+            ).frames[0]
+        finally:
+            self.attention.finish()  # of a film that was broken off, too
         if not bool(torch.isfinite(video).all()):
             raise FloatingPointError("the model made values that are not finite")
         frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -26,6 +26,8 @@ Place = Literal["device", "host"]
 Key = tuple[int, int]  # layer and branch: the n-th call of a layer within a step is branch n
 AT_ONCE = 1 << 26  # floats of a tensor that a refresh works on at a time: some heads of one layer
 
+SLICE = 2048  # tokens that are multiplied at a time for a Gram matrix
+
 
 @dataclass(frozen=True)
 class Residual:
@@ -199,7 +201,7 @@ class Rows:
         into.copy_((x / scale[..., None]).round_())
 
     def read(self, heads: slice) -> Tensor:
-        """float32 [B, h, N, D]."""
+        """float32 [B, h, N, D], perhaps in place: not to be written to."""
         values = self.values[:, :, heads].transpose(1, 2).float()
         return values if self.scale is None else values.mul_(self.scale[:, heads, :, None])
 
@@ -216,11 +218,11 @@ class Entry:
     right: Tensor | None = None  # V, float32 [B, H, D, r]
 
     def delta(self, heads: slice) -> Tensor:
-        """float32 [B, h, N, D]: Delta when it was made."""
+        """float32 [B, h, N, D]: Delta when it was made, perhaps in place."""
         whole = self.dense.read(heads)
         if self.left is None or self.right is None:
             return whole
-        return whole.sub_(self.left.read(heads) @ self.right[:, heads].mT)
+        return whole - self.left.read(heads) @ self.right[:, heads].mT
 
 
 def refreshed(its: Residual, dense: Tensor, lost: Tensor, before: Entry | None) -> tuple[Entry, Tensor]:
@@ -242,8 +244,7 @@ def refreshed(its: Residual, dense: Tensor, lost: Tensor, before: Entry | None) 
 
     grams = lost.new_empty(*lost.shape[:2], size, size, dtype=torch.float32)
     for heads in parts:
-        difference = lost[:, heads].float() - before.delta(heads)
-        grams[:, heads] = difference.mT @ difference
+        grams[:, heads] = gram(lost[:, heads].float() - before.delta(heads))
     squares[1] = grams.diagonal(dim1=2, dim2=3).sum()
     smaller = squares[1] < squares[0]
     squares[3] = 1 - smaller.float()
@@ -254,8 +255,15 @@ def refreshed(its: Residual, dense: Tensor, lost: Tensor, before: Entry | None) 
         delta = lost[:, heads].float()
         entry.left.write(heads, (delta - before.delta(heads)) @ right[:, heads])
         rounded = entry.left.read(heads)  # what is kept is what is added: Delta comes back as C alone is rounded
-        entry.dense.write(heads, delta.add_(rounded @ right[:, heads].mT))
+        entry.dense.write(heads, delta + rounded @ right[:, heads].mT)
     return entry, squares
+
+
+def gram(x: Tensor) -> Tensor:
+    """x^T x of float32 [B, H, N, D], in slices of tokens: one product a head would leave most of a GPU idle."""
+    whole = x.shape[2] // SLICE * SLICE
+    slices, rest = x[:, :, :whole].unflatten(2, (whole // SLICE, SLICE)), x[:, :, whole:]
+    return (slices.mT @ slices).sum(dim=2) + rest.mT @ rest
 
 
 def leading(grams: Tensor, rank: int) -> Tensor:

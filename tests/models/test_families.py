@@ -102,6 +102,14 @@ def test_what_a_residual_takes_is_known_before_it_is_taken_and_then_it_is_gone(c
     assert told * model.layout.tokens / expected.tokens - 8192 <= taken <= told, "shorter texts take less"
     states = getattr(model.attention, "states", {"": model.attention})
     assert all(state.cache.empty for state in states.values())
+
+    def stop(done, of):
+        assert not all(state.cache.empty for state in states.values())
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        model.film(asked, stop)
+    assert all(state.cache.empty for state in states.values()), "of a film that was broken off, too"
     model.attend(AttentionPlan())
     assert (model.residual_bytes(asked), model.place(asked)) == (0, None)
 

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from models import cogvideox_blocks, hunyuan_video_blocks, load, registry, tiny, wan_blocks
 from models.compress import Recipe
+from quant_runtime import quality
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import QuantFormat
-from quant_runtime.methods import QuaRot
+from quant_runtime.methods import QuaRot, Rtn
+from quant_runtime.residual import Residual
 from quant_runtime.sparsity.topk import TopK
 from tests.models import films
 from tests.models.films import apart, inputs, nothing
@@ -57,3 +60,22 @@ def test_an_artifact_in_8_bits_throughout_films_the_same_whenever_it_is_opened(n
     assert density.packed == 1.0
     assert 0.3 < density.sparse < 1
     assert apart(load.load(tmp_path / "artifact", "cpu").film(inputs(**LARGE), nothing).frames, film.frames) == 0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_blocks_in_8_bits_throughout_get_back_what_was_lost(name, tmp_path):
+    family, source = checkpoint(name, tmp_path)
+    plan = AttentionPlan(TopK(0.3), 0.3, dense_qk_bits=8, pv_bits=8)
+    films.made(family, source, Recipe(Rtn(), QuantFormat.parse("w8a8"), plan, judging_samples=0), tmp_path / "artifact")
+    model = load.load(tmp_path / "artifact", "cpu")
+    asked, psnr = inputs(**LARGE, steps=6), {}
+    model.attend(AttentionPlan(dense_qk_bits=8, pv_bits=8))
+    dense = torch.from_numpy(model.film(asked, nothing).frames)
+    for order in (None, 1, 2):
+        model.attend(replace(plan, residual=order and Residual(2, order)))
+        psnr[order] = quality.psnr(dense, torch.from_numpy(model.film(asked, nothing).frames))
+        density = model.attention.density()
+        assert density.packed == 1.0
+    assert [refresh.step for refresh in density.residual.refreshes] == [0, 1, 4]
+    assert density.residual.bytes == model.residual_bytes(asked) or name == "hunyuan_video", "whose text is shorter"
+    assert psnr[None] < min(psnr[1], psnr[2]), psnr

@@ -97,6 +97,29 @@ def test_the_loss_of_the_last_refresh_comes_back_from_what_is_kept(bits, dtype, 
     assert relative_error(back, after) < (1e-3 if dtype == torch.float32 and bits == 16 else 2 * error)
 
 
+@pytest.mark.parametrize(("bits", "dtype", "error"), TYPES)
+def test_a_third_refresh_takes_its_difference_to_the_second(bits, dtype, error, device):
+    """Of a full rank what is given is 2 Delta - Delta before, whatever was cached before that."""
+    deltas = [noise(device)]
+    deltas += [deltas[0] + 0.3 * noise(device), deltas[0] + 0.3 * noise(device)]
+    for rank in (4, SHAPE[3]):
+        cache = cache_of(*deltas, dtype=dtype, rank=rank, bits=bits)
+        left, values, right = torch.linalg.svd((deltas[2] - deltas[1]).double(), full_matrices=False)
+        best = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
+        assert relative_error(given(cache), deltas[2] + best) < 3 * error, "two caches were rounded before it"
+        assert relative_error(cache._home.all_of((0, 0)).delta(slice(None)), deltas[2]) < 2 * error
+
+
+def test_what_was_lost_is_not_written_to(device):
+    base = noise(device)
+    deltas = [laid_out(base + 0.3 * noise(device)) for _ in range(3)]
+    before = [delta.clone() for delta in deltas]
+    cache = ResidualCache(Residual(rank=4, bits=16))
+    for step, delta in enumerate(deltas):
+        cache.keep((0, 0), step, delta, delta)
+    assert all(torch.equal(one, other) for one, other in zip(deltas, before, strict=True))
+
+
 def test_a_difference_that_is_not_smaller_predicts_nothing_and_is_left_out(device):
     delta = noise(device)
     cache = cache_of(delta, -delta, bits=16)
@@ -148,6 +171,13 @@ def test_zeros_and_what_is_not_finite_stay_what_they_are(device):
     assert not found[0, 0, 0].any()
     assert found[0, 0, 1].isnan().all()
     assert found[0, 0, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 35, 48])
+def test_a_gram_matrix_is_that_of_all_tokens(tokens, device, monkeypatch):
+    monkeypatch.setattr(residual, "SLICE", 16)
+    x = torch.randn(2, 3, tokens, 8, device=device)
+    assert relative_error(residual.gram(x), x.mT @ x) < FLOAT32
 
 
 def test_eigenvectors_are_those_of_the_largest_eigenvalues(device):

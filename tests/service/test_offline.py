@@ -155,6 +155,26 @@ def test_quantize_says_what_came_of_it(made):
     assert "psnr" in said
 
 
+def test_a_residual_goes_from_the_command_line_to_the_table(made, tmp_path):
+    out = tmp_path / "film"
+    words = ["quantize", str(made[0].parent / "tiny"), "--out", str(out), "--sparsity", "topk:0.5,block=16"]
+    words += ["--calibration-samples", "1", "--judging-samples", "1", "--refresh", "1", "--residual-order", "1"]
+    done = CliRunner().invoke(app, [*words, "--residual-place", "auto"])
+    assert done.exit_code == 0, done.output
+    residual = json.loads((out / "manifest.json").read_text())["attention"]["residual"]
+    assert (residual["interval"], residual["order"], residual["place"], residual["placed"]) == (1, 1, "auto", "device")
+    said = dict(offline.rows(artifact.read_manifest(out)))["residual"]
+    assert said == (
+        f"refreshed after 1 sparse steps, first order, 8 bits, device; {residual['bytes']:,} bytes for a film of the "
+        "default size"
+    )
+    for more, named in (["--residual-order", "2"], "heads"), (["--residual-place", "disk"], "device, host, auto"):
+        refused = CliRunner().invoke(app, [*words, "--replace", *more])
+        assert (refused.exit_code, named in refused.output) == (2, True)
+    refused = CliRunner().invoke(app, ["quantize", "demo-video", "--out", str(out), "--residual-bits", "16"])
+    assert (refused.exit_code, "--residual-bits goes with --refresh" in refused.output) == (2, True)
+
+
 def test_three_bits_go_from_the_command_line_to_the_table(made, tmp_path):
     out = tmp_path / "three"
     words = ["quantize", str(made[0].parent / "tiny"), "--bits", "w3a6", "--out", str(out)]

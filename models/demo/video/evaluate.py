@@ -2,12 +2,15 @@
 
     python -m models.demo.video.evaluate obedience [MODEL] --seeds 1
     python -m models.demo.video.evaluate compression --seeds 3
+    python -m models.demo.video.evaluate residual --seeds 3
 
 MODEL is a checkpoint (the shipped one) or an artifact. `obedience`: the 64 held-out triples, a static camera; colour
 and direction are read off the pixels by models/demo/video/measure.py, whose own figures on rendered clips stand beside.
 Gradient energies are ratios to the same captions' rendered clips. `compression`: held-out prompts against full
-precision in float32, same seed; mean over prompts and seeds, `error` the least and the most. Rows as in
-quant_runtime/report.py, into docs/results/demo_video_NAME-DEVICE.jsonl.
+precision in float32, same seed; mean over prompts and seeds, `error` the least and the most. `residual`: sparse
+attention with and without what it loses cached, against the dense film of the same W8A8 model; `error` tells the
+density too, dense steps counted, and at refreshes behind others norms beside the dense answer's: what was `lost`, and
+`lost_anew` since the refresh before. Rows as in quant_runtime/report.py, in docs/results/demo_video_NAME-DEVICE.jsonl.
 """
 
 from __future__ import annotations
@@ -31,10 +34,11 @@ from models.demo.video.captions import Clips
 from models.precision import fast_float
 from models.wan import Wan, WanModel
 from quant_runtime import artifact, quality, report
-from quant_runtime.attention import AttentionPlan
+from quant_runtime.attention import AttentionPlan, Density
 from quant_runtime.formats import W16A16, QuantFormat
 from quant_runtime.kernels._cpu import keep_freed_memory
 from quant_runtime.methods import Keep, Rtn
+from quant_runtime.residual import Residual
 from quant_runtime.sparsity.topk import TopK
 
 
@@ -135,6 +139,48 @@ def compression(checkpoint: Path, device: str, seeds: int, prompts: int, aside: 
         yield _closeness(name, [(full[case], film(small, *case)) for case in cases])
 
 
+DENSITIES = (0.15, 0.25)
+WARMUP = 0.1  # two steps of twenty; with an interval of 5, five of them run dense
+SAME_DENSE = 0.25  # a warm-up of as many
+RANK = 16
+
+
+def residuals(model: WanModel, seeds: int, prompts: int) -> Iterator[dict[str, Any]]:
+    """Of each density: without a residual, with as many dense steps in front, by the first order and by the second."""
+    cases = [(line, seed) for line in model.serving.judging[:prompts] for seed in range(seeds)]
+    model.attend(AttentionPlan(dense_qk_bits=8))
+    dense = {case: film(model, *case) for case in cases}
+    size: int = model.network.config.attention_head_dim
+    kinds = {
+        "no residual": (WARMUP, None),
+        "no residual, as many dense steps, in front": (SAME_DENSE, None),
+        "first order": (WARMUP, Residual(order=1)),
+        "second order": (WARMUP, Residual(rank=size)),
+        f"second order, rank {RANK}": (WARMUP, Residual(rank=RANK)),
+    }
+    for density in DENSITIES:
+        for name, (warmup, residual) in kinds.items():
+            model.attend(AttentionPlan(TopK(density), warmup, dense_qk_bits=8, residual=residual))
+            pairs, ran = [], []
+            for case in cases:
+                pairs.append((dense[case], film(model, *case)))
+                ran.append(model.attention.density())
+            row = _closeness(f"density {density}, {name}", pairs)
+            yield row | {"error": row["error"] | _seen(ran)}
+
+
+def _seen(ran: list[Density]) -> dict[str, float]:
+    """The density, and what was lost at the refreshes that had one before them: norms beside the dense answer's."""
+    seen = {"effective_density": report.rounded(mean(one.effective for one in ran))}
+    refreshes = [refresh for one in ran if one.residual for refresh in one.residual.refreshes]
+    later = [(refresh.first, refresh.second) for refresh in refreshes if refresh.second is not None]
+    if later:
+        seen["lost"] = report.rounded(mean(first for first, _ in later))
+        seen["lost_anew"] = report.rounded(mean(second for _, second in later))
+        seen["fell_back"] = sum(refresh.fell_back for refresh in refreshes)
+    return seen
+
+
 def _closeness(name: str, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     values = [quality.psnr(want, got) for want, got in pairs]
     print(f"{name:24} {mean(values):6.2f} dB", flush=True)
@@ -144,7 +190,7 @@ def _closeness(name: str, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m models.demo.video.evaluate", description=__doc__)
-    parser.add_argument("name", choices=("obedience", "compression"))
+    parser.add_argument("name", choices=("obedience", "compression", "residual"))
     parser.add_argument("model", nargs="?", default="demo-video", help="a checkpoint, or for obedience an artifact")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=64, help="of the held-out ones, at most")
@@ -159,6 +205,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as aside:
         if given.name == "obedience":
             found = obedience(opened(folder, given.device), given.seeds, given.prompts)
+        elif given.name == "residual":
+            recipe = RECIPES["W8A8 by RTN, dense"]
+            small = Path(aside) / "artifact"
+            compress.compress(
+                Wan(), folder, recipe, small, base="demo-video", device=given.device, on_progress=lambda *_: None
+            )
+            found = residuals(opened(small, given.device), given.seeds, given.prompts)
         else:
             found = compression(folder, given.device, given.seeds, given.prompts, Path(aside))
         report.write(path, f"demo_video_{given.name}", found, command, device)

@@ -63,6 +63,20 @@ def test_compression_is_held_against_full_precision_and_another_seed(instead, tm
     assert all(row["command"].startswith("python -m models.demo.video.evaluate") for row in found.values())
 
 
+def test_residuals_are_held_against_the_dense_film_of_the_same_weights(instead, tmp_path, monkeypatch):
+    words = ["evaluate", "residual", "--seeds", "1", "--prompts", "1", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(evaluate, "RANK", 4)
+    monkeypatch.setattr(evaluate, "WARMUP", 0.6)  # two of the three steps
+    evaluate.main()
+    found = rows(tmp_path / "demo_video_residual-cpu.jsonl")
+    assert len(found) == 10
+    error = found["density 0.15, second order, rank 4", "PSNR"]["error"]
+    assert error["effective_density"] > 0.7
+    assert error["lost"] > 0
+    assert "lost" not in found["density 0.15, first order", "PSNR"]["error"]
+
+
 def test_the_benchmark_times_all_eight_and_weighs_the_weights(instead, tmp_path, monkeypatch):
     words = ["bench", "--rounds", "1", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
