@@ -6,23 +6,24 @@ import gc
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from models import hub
-from models.base import Family
+from models.base import Family, Model
 from models.lora import Lora, Loras
 from quant_runtime import artifact
 from quant_runtime.artifact import AttentionRecord, Base, Manifest
-from quant_runtime.attention import AttentionPlan
+from quant_runtime.attention import AttentionPlan, SharedState
 from quant_runtime.calibrate import LayerStats, fingerprint, observe
 from quant_runtime.convert import convert
 from quant_runtime.formats import W16A16, QuantFormat
 from quant_runtime.methods import Method, Rtn
 from quant_runtime.rules import Rule, formats
+from quant_runtime.sparsity.base import Choosing
 
 OnProgress = Callable[[str, int, int], None]  # (what is being done, how much of it, of how much)
 
@@ -38,6 +39,7 @@ class Recipe:
     judging_samples: int = 1  # 0 leaves quality out of the manifest
     rules: tuple[Rule, ...] = ()  # layers that get another format than `format`
     loras: tuple[Lora, ...] = ()  # merged before anything else
+    table: bool = False  # what heads would choose as they run is settled by the calibration samples
 
 
 def compress(
@@ -65,7 +67,7 @@ def compress(
             opened = family.open(trial, manifest, device)
             got = opened.outputs(recipe.judging_samples, partial(on_progress, "compressed"))
             quality = {"samples": recipe.judging_samples, **family.score(got, full)}
-            attention = AttentionRecord.of(recipe.attention, opened.attention.density())
+            attention = AttentionRecord.of(opened.attention.plan, opened.attention.density())
             manifest = manifest.model_copy(update={"quality": quality, "attention": attention})
         return artifact.save(out, manifest, partial(_moved, trial), replace=replace)
 
@@ -80,6 +82,7 @@ def _written(
         loras.merge_into(model.network)
     chosen = formats(model.network, model.layers(), recipe.format, recipe.rules)
     layers = [name for name, format_ in chosen.items() if format_.quantized]
+    attention = _tabled(model, recipe, on_progress) if recipe.table else recipe.attention
     full = model.outputs(recipe.judging_samples, partial(on_progress, "full precision"))
     stats: dict[str, LayerStats] = {}
     if layers:
@@ -94,10 +97,25 @@ def _written(
         layers=artifact.layer_records(reports),
         kept=tuple(name for name in chosen if name not in reports) if reports else (),
         calibration=fingerprint(stats) if stats else None,
-        attention=AttentionRecord.of(recipe.attention),
+        attention=AttentionRecord.of(attention),
         serving={"kind": family.kind, "limits": json.loads(json.dumps(asdict(model.limits())))},
     )
     return artifact.save(trial, manifest, partial(family.write, model, source)), full
+
+
+def _tabled(model: Model, recipe: Recipe, on_progress: OnProgress) -> AttentionPlan:
+    """The plan with a table of what heads chose, in every sparse call of the calibration samples in full precision."""
+    policy = recipe.attention.policy
+    if not isinstance(policy, Choosing):
+        raise ValueError(f"a table is for a policy whose heads choose, as those of bands do; got {policy}")
+    if isinstance(model.attention, SharedState):
+        raise ValueError("a table is of one network's heads, and here several take turns: leave it out")
+    model.attend(replace(recipe.attention, residual=None))
+    votes: dict[int, list[torch.Tensor]] = {}
+    model.attention.votes = votes
+    model.calibrate(recipe.calibration_samples, partial(on_progress, "table"))
+    model.attend(AttentionPlan())
+    return replace(recipe.attention, policy=policy.settled(votes))
 
 
 def _moved(trial: Path, folder: Path) -> None:

@@ -22,17 +22,22 @@ def build(table: Mapping[str, type[T]], name: str, given: Mapping[str, object] |
     return _filled(table[name], dict(given or {}), name)
 
 
+def names(kind: type[Any]) -> list[str]:
+    """The fields of an entry, in their order."""
+    return [field.name for field in dataclasses.fields(kind)]
+
+
 def _filled(kind: type[T], given: dict[str, object], where: str) -> T:
     if not dataclasses.is_dataclass(kind):
         raise TypeError(f"{kind.__name__} has no fields: only dataclasses are built from fields")
     hints = get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
+    known = names(kind)
     inner: dict[str, dict[str, object]] = {}
     values: dict[str, Any] = {}
     for key, value in given.items():
         head, _, rest = key.partition(".")
-        if head not in names:
-            raise ValueError(f"{where} has no field {head!r}: it has {', '.join(names) or 'none'}")
+        if head not in known:
+            raise ValueError(f"{where} has no field {head!r}: it has {', '.join(known) or 'none'}")
         if rest:
             inner.setdefault(head, {})[rest] = value
         elif dataclasses.is_dataclass(hints[head]) and isinstance(value, Mapping):

@@ -155,8 +155,16 @@ def quantize(
     keep: Keep = None,
     lora: Loras = None,
     sparsity: Annotated[
-        str, typer.Option(help="dense, or POLICY:density with further fields behind commas: topk:0.25,block=64.")
+        str,
+        typer.Option(
+            help="dense, or POLICY:density with further fields behind commas: topk:0.25,block=64, bands:0.25 or "
+            "tiles:0.25; topp:0.9 has the share of a row's attention in the density's place."
+        ),
     ] = "dense",
+    table: Annotated[
+        bool,
+        typer.Option("--table", help="With bands: what heads would choose as they run is settled by the calibration."),
+    ] = False,
     warmup: Annotated[float, typer.Option(help="Fraction of steps, from the first, with dense attention.")] = 0.0,
     qk_bits: Annotated[int, typer.Option(help="Of q and k in sparse attention: 8 or 16.")] = 8,
     dense_qk_bits: Annotated[int, typer.Option(help="Of q and k in dense attention: 8 or 16.")] = 16,
@@ -208,7 +216,7 @@ def quantize(
         asked = {"order": residual_order, "rank": residual_rank, "bits": residual_bits, "place": residual_place}
         residual = offline.residual(refresh, **asked)
         plan = offline.plan(sparsity, warmup, qk_bits, dense_qk_bits, pv_bits, residual)
-        given = (option or [], plan, calibration_samples, judging_samples, keep or [], lora or [])
+        given = (option or [], plan, calibration_samples, judging_samples, keep or [], lora or [], table)
         recipe = offline.recipe(method, bits or [], *given)
         device = device or os.environ.get("LOWBIT_DEVICE", "auto")
         make = offline.stream if stream else offline.quantize

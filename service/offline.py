@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -42,12 +43,14 @@ from quant_runtime.methods import METHODS
 from quant_runtime.residual import Residual
 from quant_runtime.rules import Rule
 from quant_runtime.sparsity import POLICIES
+from quant_runtime.sparsity.base import Choosing
 from service.settings import DEVICE
 
 REFRESHES = 2  # of a progress bar, a second: what draws it takes a core from what computes
 STAGES = {
     "full precision": "generating in full precision",
     "calibrate": "calibrating",
+    "table": "settling what heads choose",
     "quantize": "quantizing layers",
     "compressed": "generating compressed",
 }
@@ -62,6 +65,7 @@ def recipe(
     judging: int,
     keep: Sequence[str] = (),
     loras: Sequence[str] = (),
+    table: bool = False,
 ) -> Recipe:
     """ValueError names the option and what would do. `keep` wins over `bits`, and of `bits` the later."""
     format_, rules = _formats(bits)
@@ -69,6 +73,8 @@ def recipe(
     if (method == "none") != (asked == {W16A16}):
         given = ", ".join(bits) or str(W8A8)
         raise ValueError(f"--method none goes with --bits w16a16 and with no other; got {method} and {given}")
+    if table and not isinstance(attention.policy, Choosing):
+        raise ValueError("--table settles what heads choose as they run: it goes with --sparsity bands")
     for one in asked - {W16A16}:
         LinearSpec(one)  # refuses a format that no kernel runs, before an hour of calibration
     return Recipe(
@@ -79,6 +85,7 @@ def recipe(
         judging_samples=judging,
         rules=(*rules, *(Rule(pattern, W16A16) for pattern in keep)),
         loras=tuple(Lora.parse(text) for text in loras),
+        table=table,
     )
 
 
@@ -100,12 +107,17 @@ def plan(
     pv_bits: int = 16,
     residual: Residual | None = None,
 ) -> AttentionPlan:
-    """`dense`, or POLICY:density with further fields behind commas: `topk:0.25,block=64`."""
+    """`dense`, or POLICY:density with further fields behind commas: `topk:0.25,block=64`, `tiles:0.25,window=3,5,5`.
+
+    What stands without a name is the policy's first field: the density, or the mass of topp.
+    """
     name, _, rest = sparsity.partition(":")
-    first, *others = rest.split(",") if rest else [""]
-    given = dict(_pair(field) for field in others)
-    if first:
-        given["density"] = first
+    parts = re.split(r",(?=[^,]*=)", rest) if rest else []  # in front of a name: a field of several has commas too
+    given = {}
+    if parts and "=" not in parts[0]:
+        names = fields.names(POLICIES[name]) if name in POLICIES else []
+        given[names[0] if names else "density"] = parts.pop(0)
+    given |= dict(_pair(part) for part in parts)
     policy = fields.build(POLICIES, name, given)
     sparse, dense = _bits("--qk-bits", qk_bits), _bits("--dense-qk-bits", dense_qk_bits)
     values = _bits("--pv-bits", pv_bits)
@@ -168,6 +180,8 @@ def stream(source: str, made: Recipe, out: Path, device: str, replace: bool, con
     keep_freed_memory()
     folder = registry.checkpoint(source)
     family = registry.family_of(folder)
+    if made.table:
+        raise ValueError("--table asks films of the whole model, which --stream does not make: leave out one of them")
     if not isinstance(family, Streamed):
         raise ValueError(f"checkpoints of {family.name} are not read layer by layer yet: leave out --stream")
     with byte_bars(console) as show:
@@ -293,5 +307,10 @@ def _runs(numbers: Sequence[int]) -> str:
 
 
 def _named(named: artifact.Named) -> str:
-    inner = ", ".join(f"{k}={v}" for k, v in named.fields.items())
+    inner = ", ".join(f"{k}={_short(v)}" for k, v in named.fields.items() if v != [])
     return f"{named.name} ({inner})" if inner else named.name
+
+
+def _short(value: JsonValue) -> str:
+    """Of a table its size."""
+    return f"of {len(value)} layers" if isinstance(value, list) and isinstance(value[0], str) else str(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -198,6 +198,10 @@ class Choosing(Policy, Protocol):
 
     def choose(self, look: Look, call: AttentionCall) -> Tensor:
         """The way of each head: int64 [B, H] on the device."""
+        ...
+
+    def settled(self, votes: Mapping[int, Sequence[Tensor]]) -> Policy:
+        """One that no longer chooses, by what it chose for each layer, ways [B, H]. ValueError if that is nothing."""
         ...
 
 

@@ -27,8 +27,16 @@ from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import QuantFormat
 from quant_runtime.methods import QuaRot, Rtn, SmoothQuant
+from quant_runtime.sparsity.bands import Bands
+from quant_runtime.sparsity.tiles import Tiles
 from quant_runtime.sparsity.topk import TopK
+from quant_runtime.sparsity.topp import TopP
 
+SPARSE = {
+    "topp": AttentionPlan(TopP(0.5, 0.0, block=16)),
+    "bands": AttentionPlan(Bands(0.5, block=16, first_frame=True)),
+    "tiles": AttentionPlan(Tiles(0.5, block=16)),
+}
 FLOAT32 = 1e-5  # of the size of the answer: the same sums in another order, some layers deep
 ROUNDING = 1  # step of 8 bits: two answers that are one to float32 may be rounded to neighbours
 RECIPES = {

@@ -19,7 +19,7 @@ from quant_runtime.linear import QuantLinear
 from quant_runtime.residual import Residual
 from quant_runtime.sparsity.topk import TopK
 from tests.models import films
-from tests.models.films import CASES, FLOAT32, RECIPES, ROUNDING, apart, nothing
+from tests.models.films import CASES, FLOAT32, RECIPES, ROUNDING, SPARSE, apart, nothing
 from tests.support import relative_error
 
 COMPRESSED = pytest.mark.parametrize(  # without a picture it is the checkpoint that it is with one
@@ -89,6 +89,19 @@ def test_from_one_seed_it_films_the_same_in_bfloat16_as_on_a_gpu(case, checkpoin
     assert {network.dtype for network in networks(half.network).values()} == {torch.bfloat16}
     got, want = (torch.from_numpy(m.film(case.inputs(checkpoint), nothing).frames) for m in (half, model))
     assert quality.psnr(want, got) > HALF_PSNR
+
+
+@pytest.mark.parametrize("policy", SPARSE)
+def test_it_films_by_every_policy_and_tells_the_density(case, checkpoint, model, policy):
+    model.attend(SPARSE[policy])
+    with films.answers(*networks(model.network).values()) as got:
+        film = model.film(case.inputs(checkpoint, width=96, height=64), nothing)
+    density = model.attention.density()
+    model.attend(AttentionPlan())
+    assert film.frames.any()
+    assert all(bool(answer.isfinite().all()) for answer in got)
+    assert 0 < density.sparse < 1
+    assert density.effective == density.sparse
 
 
 def test_what_a_residual_takes_is_known_before_it_is_taken_and_then_it_is_gone(case, checkpoint, model):

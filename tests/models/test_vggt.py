@@ -23,6 +23,7 @@ from quant_runtime.methods import METHODS, Rtn
 from quant_runtime.residual import Residual
 from quant_runtime.rules import Rule
 from quant_runtime.sparsity.topk import TopK
+from tests.models.films import SPARSE
 from tests.support import relative_error
 
 FLOAT32 = 1e-5  # what another order of the same sums costs
@@ -122,6 +123,13 @@ def test_sparse_attention_that_keeps_everything_is_dense_and_half_is_not(model):
     model.attend(replace(HALF, qk_bits=16))
     assert relative_error(model.predict(images, ignored).depth, want) > 100 * FLOAT32
     assert model.attention.density().effective < 0.6
+
+
+@pytest.mark.parametrize("policy", SPARSE)
+def test_a_scene_is_reconstructed_by_every_policy(model, policy):
+    model.attend(SPARSE[policy])
+    model.predict(torch.rand(1, 3, 3, 56, 56), ignored)  # refuses what is not finite
+    assert 0 < model.attention.density().effective < 1
 
 
 def test_the_blocks_linear_layers_shrink_and_no_other(model):

@@ -18,8 +18,11 @@ from quant_runtime.kernels.unpack import packed_bytes
 from quant_runtime.methods import QuaRot, Rtn
 from quant_runtime.residual import Residual
 from quant_runtime.rules import Rule
+from quant_runtime.sparsity.bands import Bands
 from quant_runtime.sparsity.dense import Dense
+from quant_runtime.sparsity.tiles import Tiles
 from quant_runtime.sparsity.topk import TopK
+from quant_runtime.sparsity.topp import TopP
 from service import offline
 from service.cli import app
 from tests.models.films import inputs, nothing
@@ -34,11 +37,24 @@ def test_a_policy_is_its_name_its_density_and_its_fields():
     assert plan("topk:0.3") == AttentionPlan(TopK(0.3), 0.1)
     assert plan("topk") == AttentionPlan(TopK(), 0.1)
     assert plan("topk:0.3,block=32,first_frame=true") == AttentionPlan(TopK(0.3, 32, True), 0.1)
+    assert plan("bands:0.3,first_frame=true") == AttentionPlan(Bands(0.3, first_frame=True), 0.1)
+    assert plan("bands:density=0.3") == AttentionPlan(Bands(0.3), 0.1)
+    assert plan("tiles:window=3,5,5,block=32") == AttentionPlan(Tiles(block=32, window=(3, 5, 5)), 0.1)
+    assert plan("topp:0.8,alike=0") == AttentionPlan(TopP(mass=0.8, alike=0.0), 0.1)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("topk:2", "density"), ("topk:0.3,blok=2", "blok"), ("best:0.3", "topk"), ("topk:x", "'x'")],
+    [
+        ("topk:2", "density"),
+        ("topk:0.3,blok=2", "blok"),
+        ("best:0.3", "topk"),
+        ("topk:x", "'x'"),
+        ("topk:0.3,0.4", "'0.3,0.4'"),
+        ("dense:0.5", "has no field 'density': it has none"),
+        ("tiles:0.2,window=3,x", "'x'"),
+        ("topp:density=0.2", "mass"),
+    ],
 )
 def test_a_policy_that_is_none_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
@@ -75,6 +91,12 @@ def test_fields_of_a_method_are_set_by_name():
     made = offline.recipe("quarot", ["w4a8"], ["seed=3", "rounding.clip=mse"], AttentionPlan(), 2, 1)
     assert made.method == QuaRot(seed=3, rounding=Rtn(clip="mse"))
     assert str(made.format) == "W4A8"
+
+
+def test_a_table_is_for_heads_that_choose_and_for_a_model_that_films():
+    assert offline.recipe("rtn", [], [], plan("bands:0.3"), 1, 1, table=True).table
+    with pytest.raises(ValueError, match=r"--table .* goes with --sparsity bands"):
+        offline.recipe("rtn", [], [], plan("topk:0.3"), 1, 1, table=True)
 
 
 @pytest.mark.parametrize("bits", ["w2a8", "w3a6", "w3a8", "w5a8", "w6a6", "w7a4"])
@@ -264,6 +286,27 @@ def test_layers_get_the_format_that_their_pattern_asks_for_and_inspect_says_so(m
     assert manifest["kept"] == [f"blocks.0.attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
     film = load.load(out, "cpu").film(inputs(), nothing)
     assert film.frames.any()
+
+
+def test_a_table_of_what_heads_choose_is_in_the_artifact_and_films_the_same_without_choosing(made, tmp_path):
+    checkpoint, out = made[0].parent / "tiny", tmp_path / "out"
+    words = ["quantize", str(checkpoint), "--method", "none", "--bits", "w16a16", "--calibration-samples", "1"]
+    words += ["--judging-samples", "1", "--sparsity", "bands:0.5,block=16", "--table"]
+    done = CliRunner().invoke(app, [*words, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    manifest = artifact.read_manifest(out)
+    table = manifest.attention.policy.fields["table"]
+    assert [len(letters) for letters in table] == [2, 2], "layers of two heads each"
+    assert set("".join(table)) <= set("st")
+    assert 0.4 < manifest.attention.sparse_density < 0.75
+    assert "table=of 2 layers" in dict(offline.rows(manifest))["attention"]
+    model = load.load(out, "cpu")
+    assert model.attention.plan.policy == Bands(0.5, block=16, table=tuple(table))
+    model.film(inputs(), nothing)
+    ways = {layer: its.tolist() for (layer, _), its in model.attention._ways.items()}
+    assert ways == {layer: [["st".index(letter) for letter in table[layer]]] for layer in (0, 1)}
+    refused = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "other"), "--stream"])
+    assert (refused.exit_code, "--stream does not make" in " ".join(refused.output.split())) == (2, True)
 
 
 def test_a_lora_is_merged_with_its_scale_and_inspect_names_it(made, tmp_path):
