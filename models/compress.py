@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from models import hub
-from models.base import Family, Model
+from models.base import Family, Model, OnStep
 from models.lora import Lora, Loras
 from quant_runtime import artifact
 from quant_runtime.artifact import AttentionRecord, Base, Manifest
@@ -82,7 +82,9 @@ def _written(
         loras.merge_into(model.network)
     chosen = formats(model.network, model.layers(), recipe.format, recipe.rules)
     layers = [name for name, format_ in chosen.items() if format_.quantized]
-    attention = _tabled(model, recipe, on_progress) if recipe.table else recipe.attention
+    attention = recipe.attention
+    if recipe.table:
+        attention = tabled(model, attention, recipe.calibration_samples, partial(on_progress, "table"))
     full = model.outputs(recipe.judging_samples, partial(on_progress, "full precision"))
     stats: dict[str, LayerStats] = {}
     if layers:
@@ -103,19 +105,22 @@ def _written(
     return artifact.save(trial, manifest, partial(family.write, model, source)), full
 
 
-def _tabled(model: Model, recipe: Recipe, on_progress: OnProgress) -> AttentionPlan:
-    """The plan with a table of what heads chose, in every sparse call of the calibration samples in full precision."""
-    policy = recipe.attention.policy
+def tabled(model: Model, plan: AttentionPlan, samples: int, on_sample: OnStep) -> AttentionPlan:
+    """The plan with a table of what heads choose, in every sparse call of so many calibration samples.
+
+    ValueError for a policy whose heads choose nothing, and for a model of several networks.
+    """
+    policy = plan.policy
     if not isinstance(policy, Choosing):
         raise ValueError(f"a table is for a policy whose heads choose, as those of bands do; got {policy}")
     if isinstance(model.attention, SharedState):
         raise ValueError("a table is of one network's heads, and here several take turns: leave it out")
-    model.attend(replace(recipe.attention, residual=None))
+    model.attend(replace(plan, residual=None))
     votes: dict[int, list[torch.Tensor]] = {}
     model.attention.votes = votes
-    model.calibrate(recipe.calibration_samples, partial(on_progress, "table"))
+    model.calibrate(samples, on_sample)
     model.attend(AttentionPlan())
-    return replace(recipe.attention, policy=policy.settled(votes))
+    return replace(plan, policy=policy.settled(votes))
 
 
 def _moved(trial: Path, folder: Path) -> None:

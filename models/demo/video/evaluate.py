@@ -3,6 +3,7 @@
     python -m models.demo.video.evaluate obedience [MODEL] --seeds 1
     python -m models.demo.video.evaluate compression --seeds 3
     python -m models.demo.video.evaluate residual --seeds 3
+    python -m models.demo.video.evaluate policies --seeds 3
 
 MODEL is a checkpoint (the shipped one) or an artifact. `obedience`: the 64 held-out triples, a static camera; colour
 and direction are read off the pixels by models/demo/video/measure.py, whose own figures on rendered clips stand beside.
@@ -10,7 +11,9 @@ Gradient energies are ratios to the same captions' rendered clips. `compression`
 precision in float32, same seed; mean over prompts and seeds, `error` the least and the most. `residual`: sparse
 attention with and without what it loses cached, against the dense film of the same W8A8 model; `error` tells the
 density too, dense steps counted, and at refreshes behind others norms beside the dense answer's: what was `lost`, and
-`lost_anew` since the refresh before. Rows as in quant_runtime/report.py, in docs/results/demo_video_NAME-DEVICE.jsonl.
+`lost_anew` since the refresh before. `policies`: ways to choose the blocks that are kept, of the same model and against
+the same film; `error` tells the density of the sparse steps, `sparse`, and of all. Rows as in quant_runtime/report.py,
+in docs/results/demo_video_NAME-DEVICE.jsonl.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -39,7 +42,11 @@ from quant_runtime.formats import W16A16, QuantFormat
 from quant_runtime.kernels._cpu import keep_freed_memory
 from quant_runtime.methods import Keep, Rtn
 from quant_runtime.residual import Residual
+from quant_runtime.sparsity.bands import Bands
+from quant_runtime.sparsity.base import Policy
+from quant_runtime.sparsity.tiles import Tiles
 from quant_runtime.sparsity.topk import TopK
+from quant_runtime.sparsity.topp import TopP
 
 
 def opened(folder: Path, device: str) -> WanModel:
@@ -169,6 +176,42 @@ def residuals(model: WanModel, seeds: int, prompts: int) -> Iterator[dict[str, A
             yield row | {"error": row["error"] | _seen(ran)}
 
 
+POLICIES: dict[str, Callable[[float], Policy]] = {
+    "top-k": TopK,
+    "bands, heads choose": Bands,
+    "bands and first frame, heads choose": lambda density: Bands(density, first_frame=True),
+    "bands, from a table": Bands,
+    "tiles": Tiles,
+    "tiles and first frame": lambda density: Tiles(density, first_frame=True),
+}
+MASSES = {"top-p": (0.0, (0.6, 0.78)), "top-p, guarded": (0.3, (0.6,))}  # of what is kept; its threshold of likeness
+
+
+def policies(model: WanModel, seeds: int, prompts: int) -> Iterator[dict[str, Any]]:
+    """Each policy at each density; top-p at masses that come near them, its guard off and on. `sparse` is the density
+    of the steps that are not dense.
+    """
+    cases = [(line, seed) for line in model.serving.judging[:prompts] for seed in range(seeds)]
+    model.attend(AttentionPlan(dense_qk_bits=8))
+    dense = {case: film(model, *case) for case in cases}
+    plans = {
+        f"density {density}, {name}": policy(density) for density in DENSITIES for name, policy in POLICIES.items()
+    }
+    plans |= {f"mass {mass}, {name}": TopP(mass, alike) for name, (alike, masses) in MASSES.items() for mass in masses}
+    for name, policy in plans.items():
+        plan = AttentionPlan(policy, WARMUP, dense_qk_bits=8)
+        if name.endswith("table"):
+            plan = compress.tabled(model, plan, 1, lambda *_: None)
+        model.attend(plan)
+        pairs, ran = [], []
+        for case in cases:
+            pairs.append((dense[case], film(model, *case)))
+            ran.append(model.attention.density())
+        row = _closeness(name, pairs)
+        sparse = mean(one.sparse for one in ran if one.sparse is not None)
+        yield row | {"error": row["error"] | {"sparse": report.rounded(sparse)} | _seen(ran)}
+
+
 def _seen(ran: list[Density]) -> dict[str, float]:
     """The density, and what was lost at the refreshes that had one before them: norms beside the dense answer's."""
     seen = {"effective_density": report.rounded(mean(one.effective for one in ran))}
@@ -190,7 +233,7 @@ def _closeness(name: str, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = ArgumentParser(prog="python -m models.demo.video.evaluate", description=__doc__)
-    parser.add_argument("name", choices=("obedience", "compression", "residual"))
+    parser.add_argument("name", choices=("obedience", "compression", "residual", "policies"))
     parser.add_argument("model", nargs="?", default="demo-video", help="a checkpoint, or for obedience an artifact")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=64, help="of the held-out ones, at most")
@@ -205,13 +248,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as aside:
         if given.name == "obedience":
             found = obedience(opened(folder, given.device), given.seeds, given.prompts)
-        elif given.name == "residual":
+        elif given.name in ("residual", "policies"):
             recipe = RECIPES["W8A8 by RTN, dense"]
             small = Path(aside) / "artifact"
             compress.compress(
                 Wan(), folder, recipe, small, base="demo-video", device=given.device, on_progress=lambda *_: None
             )
-            found = residuals(opened(small, given.device), given.seeds, given.prompts)
+            compared = residuals if given.name == "residual" else policies
+            found = compared(opened(small, given.device), given.seeds, given.prompts)
         else:
             found = compression(folder, given.device, given.seeds, given.prompts, Path(aside))
         report.write(path, f"demo_video_{given.name}", found, command, device)

@@ -77,6 +77,17 @@ def test_residuals_are_held_against_the_dense_film_of_the_same_weights(instead, 
     assert "lost" not in found["density 0.15, first order", "PSNR"]["error"]
 
 
+def test_policies_are_held_against_the_dense_film_of_the_same_weights(instead, tmp_path, monkeypatch):
+    words = ["evaluate", "policies", "--seeds", "1", "--prompts", "1", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    evaluate.main()
+    found = rows(tmp_path / "demo_video_policies-cpu.jsonl")
+    assert len(found) == 2 * len(evaluate.POLICIES) + 3
+    for row in found.values():
+        assert 0 < row["error"]["sparse"] <= 1
+        assert row["error"]["sparse"] <= row["error"]["effective_density"], "a step of three is dense"
+
+
 def test_the_benchmark_times_all_eight_and_weighs_the_weights(instead, tmp_path, monkeypatch):
     words = ["bench", "--rounds", "1", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
