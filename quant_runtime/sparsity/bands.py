@@ -105,6 +105,7 @@ def _frame_and_patch(layout: TokenLayout) -> tuple[Tensor, Tensor]:
     return frame, row * layout.width + column
 
 
+@functools.lru_cache(maxsize=LAYOUTS)
 def _kept(policy: Bands, layout: TokenLayout, block: int) -> tuple[Tensor, Tensor]:
     """bool [ways, rows, keys] of blocks, and orders int64 [ways, tokens], on the CPU."""
     frame, patch = _frame_and_patch(layout)
