@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from models import registry, timing
 from models.published import PUBLISHED
 from models.video import VideoModel
-from quant_runtime import report
+from quant_runtime import fields, report
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.residual import Residual
-from quant_runtime.sparsity.topk import TopK
+from quant_runtime.sparsity import POLICIES
+from quant_runtime.sparsity.base import Policy
 
 BASELINE = "bfloat16 cuDNN"
 
@@ -178,21 +179,25 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
     torch.cuda.empty_cache()
     densities = [float(d) for d in chosen.densities.split(",")]
     for density in densities if chosen.no_dense else (None, *densities):
-        plan = AttentionPlan(dense_qk_bits=8, pv_bits=8) if density is None else AttentionPlan(TopK(density), pv_bits=8)
+        plan = AttentionPlan(dense_qk_bits=8, pv_bits=8)
+        if density is not None:
+            plan = AttentionPlan(policy(chosen.policy, density), pv_bits=8)
         model.attend(plan)
-        run = f"{chosen.bits.upper()} {chosen.method} " + ("dense" if density is None else f"density {density}")
+        run = f"{chosen.bits.upper()} {chosen.method} " + ("dense" if density is None else said(chosen.policy, density))
         yield from measured(run)
         if chosen.profile is not None:
             profile(step, chosen.profile / f"{name}-{density or 'dense'}.txt")
 
     if chosen.steps:
         residual = None
-        run = f"{chosen.bits.upper()} {chosen.method} density {densities[0]}, first {chosen.warmup:.0%} dense"
+        first = f"first {chosen.warmup:.0%} dense"
+        run = f"{chosen.bits.upper()} {chosen.method} {said(chosen.policy, densities[0])}, {first}"
         if chosen.refresh:
             its = (chosen.residual_order, chosen.residual_rank, chosen.residual_bits, chosen.residual_place)
             residual = Residual(chosen.refresh, *its)
             run += f", {residual.words()}, {residual.place}"
-        plan = AttentionPlan(TopK(densities[0]), chosen.warmup, dense_qk_bits=8, pv_bits=8, residual=residual)
+        sparse = policy(chosen.policy, densities[0])
+        plan = AttentionPlan(sparse, chosen.warmup, dense_qk_bits=8, pv_bits=8, residual=residual)
         if residual is not None:  # kernels of a first and of a second refresh are compiled before the clock runs
             model.attend(replace(plan, warmup=0.0, residual=replace(residual, interval=1)))
             film(model, step, 4)
@@ -209,6 +214,15 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
         if ran.residual is not None:
             kept, place = ran.residual.bytes / 2**30, ran.residual.place
             yield report.row(f"{case} {run}", "residual", kept, "GiB", "lower", samples=1, error=place)
+
+
+def policy(name: str, density: float) -> Policy:
+    """At this density, or what its first field is."""
+    return fields.build(POLICIES, name, {fields.names(POLICIES[name])[0]: density})
+
+
+def said(name: str, density: float) -> str:
+    return f"density {density}" if name == "topk" else f"{name} {density}"
 
 
 def film(model: VideoModel, step: Callable[[], Tensor], steps: int) -> None:
@@ -236,7 +250,8 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=129)
     parser.add_argument("--method", default="rtn")
     parser.add_argument("--bits", default="w4a8")
-    parser.add_argument("--densities", default="0.25,0.15,0.1")
+    parser.add_argument("--policy", choices=[name for name in POLICIES if name != "dense"], default="topk")
+    parser.add_argument("--densities", default="0.25,0.15,0.1", help="masses, of topp")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=0, help="of a whole run at the first density, besides")

@@ -29,6 +29,7 @@ from quant_runtime.bench import outliers
 from quant_runtime.kernels import block_map
 from quant_runtime.kernels._triton import triton
 from quant_runtime.kernels.attention_fp8 import attention_fp8
+from quant_runtime.kernels.blocks_by_mass import blocks_by_mass
 from quant_runtime.kernels.gelu_quantize import gelu_quantize
 from quant_runtime.kernels.hadamard_quantize import hadamard_quantize
 from quant_runtime.kernels.linear_w8a8 import linear_w8a8
@@ -44,6 +45,8 @@ INNER = HEADS * SIZE
 BLOCK = 128
 GEMMS = ((INNER, 3 * INNER), (INNER, INNER), (INNER, 4 * INNER), (4 * INNER, INNER), (5 * INNER, INNER))
 DENSITIES = (0.1, 0.15, 0.25)
+MASSES = (0.5, 0.9)
+FRAMES = 33  # of the video's tokens
 SAMPLED = 256  # rows that an error is taken over
 
 Rows = Iterator[dict[str, Any]]
@@ -173,6 +176,9 @@ def fused(device: torch.device, rounds: int) -> Rows:
     angles = torch.rand(TOKENS - TEXT, SIZE // 2, device=device) * 6
     rope = (angles.cos().half(), angles.sin().half())
     ones = torch.ones(SIZE, device=device, dtype=torch.bfloat16)
+    video = torch.arange(TOKENS - TEXT, dtype=torch.int32, device=device).view(FRAMES, -1).T.flatten()
+    text = torch.arange(TOKENS - TEXT, TOKENS, dtype=torch.int32, device=device)
+    by_patch = torch.cat([video, text]).expand(1, HEADS, TOKENS).contiguous()  # an order for each head
     packed_w = torch.randint(0, 256, (4 * INNER, INNER // 2), device=device, dtype=torch.uint8)
     values = TOKENS * INNER
     copied = timed(lambda: inner.clone(), rounds)
@@ -188,6 +194,8 @@ def fused(device: torch.device, rounds: int) -> Rows:
         ("Hadamard of 128, quantize", 3 * values, lambda: hadamard_quantize(x[0], signs, 128)[0]),
         ("norm of q and k, rotation, pack q, k, v", 9 * values,
          lambda: pack_heads(*heads_of(qkv), BLOCK, (ones, ones), (ones, ones), 1e-6, rope).q),
+        ("the same, patch by patch", 9 * values,
+         lambda: pack_heads(*heads_of(qkv), BLOCK, (ones, ones), (ones, ones), 1e-6, rope, tokens=by_patch).q),
         ("unpack 4 bits", 6 * INNER * INNER, lambda: unpack(packed_w, INNER, 4)),
     ):  # fmt: skip
         times = timed(call, rounds)
@@ -204,10 +212,18 @@ def blockmap(device: torch.device, rounds: int) -> Rows:
     for density in DENSITIES:
         times = timed(partial(_chosen, means, round(density * blocks), whole), rounds)
         yield report.row(f"density {density}", "time", median(times), "ms", "lower", samples=rounds)
+    alike = torch.rand(2, 1, HEADS, blocks, device=device)
+    for mass in MASSES:
+        times = timed(partial(_by_mass, means, mass, whole, alike), rounds)
+        yield report.row(f"mass {mass}, guarded", "time", median(times), "ms", "lower", samples=rounds)
 
 
 def _chosen(means: Tensor, keep: int, whole: Tensor) -> Tensor:
     return block_map.choose(means[0], means[1], keep, whole, whole)[0]
+
+
+def _by_mass(means: Tensor, mass: float, whole: Tensor, alike: Tensor) -> Tensor:
+    return blocks_by_mass(means[0], means[1], mass, 1, None, whole, whole, alike[0], alike[1], 0.1)[0]
 
 
 def heads_of(qkv: Tensor, of: Shape = HUNYUAN) -> tuple[Tensor, Tensor, Tensor]:

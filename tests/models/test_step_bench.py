@@ -33,7 +33,7 @@ def chosen(**change):
     usual = {
         "size": "192x128", "frames": 17, "method": "rtn", "bits": "w8a8", "densities": "0.5", "rounds": 1,
         "device": "cpu", "steps": 2, "warmup": 0.5, "no_dense": False, "no_baseline": False, "no_compile": True,
-        "profile": None, "refresh": 0, "residual_order": 2, "residual_rank": 4, "residual_bits": 8,
+        "profile": None, "policy": "topk", "refresh": 0, "residual_order": 2, "residual_rank": 4, "residual_bits": 8,
         "residual_place": "device",
     }  # fmt: skip
     return Namespace(**usual | change)
@@ -57,6 +57,17 @@ def test_a_step_is_measured_beside_bfloat16_and_answers_the_same(name, monkeypat
     assert [row["baseline"] and row["baseline"]["name"] for row in rows] == [
         None, "bfloat16 cuDNN", "bfloat16 cuDNN", "2 x bfloat16 cuDNN",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", ["topp", "bands", "tiles"])
+def test_a_step_runs_by_every_policy(policy, monkeypatch):
+    monkeypatch.setitem(
+        step_bench.PUBLISHED, "wan-2.1-1.3b", replace(PUBLISHED["wan-2.1-1.3b"], config=SMALL["wan-2.1-1.3b"])
+    )
+    with torch.inference_mode():
+        given = chosen(policy=policy, steps=0, no_baseline=True, no_dense=True)
+        (row,) = step_bench.rows("wan-2.1-1.3b", given)
+    assert row["case"].endswith(f"W8A8 rtn {policy} 0.5")
 
 
 def test_a_whole_run_with_refreshes_says_what_its_residual_takes(monkeypatch):
