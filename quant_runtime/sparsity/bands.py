@@ -147,7 +147,7 @@ def _looked_at(policy: Bands, layout: TokenLayout, block: int, device: torch.dev
     return queries.to(device), torch.stack(masks).to(device)
 
 
-@functools.lru_cache(maxsize=LAYOUTS * 64)
+@functools.lru_cache(maxsize=1024)  # layers, of a few models
 def _tabled(policy: Bands, layer: int, heads: int, device: torch.device) -> Tensor | None:
     """int64 [H]; None for a layer without letters."""
     letters = policy.table[layer] if layer < len(policy.table) else ""

@@ -3,20 +3,28 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import rms_norm
 
 from models import cogvideox_blocks, hunyuan_video_blocks, load, registry, tiny, wan_blocks
 from models.compress import Recipe
+from models.packed_blocks import attended
+from models.video import rotated
 from quant_runtime import quality
-from quant_runtime.attention import AttentionPlan
+from quant_runtime.attention import AttentionPlan, AttentionState, attend
 from quant_runtime.formats import QuantFormat
 from quant_runtime.methods import QuaRot, Rtn
 from quant_runtime.residual import Residual
+from quant_runtime.sparsity.bands import Bands
+from quant_runtime.sparsity.base import TokenLayout
+from quant_runtime.sparsity.tiles import Tiles
 from quant_runtime.sparsity.topk import TopK
 from tests.models import films
 from tests.models.films import apart, inputs, nothing
+from tests.support import relative_error
 
 KINDS = {
     "wan": ({"attention_head_dim": 32, "num_attention_heads": 2}, wan_blocks.Block),
@@ -27,6 +35,7 @@ KINDS = {
     "cogvideox": ({"attention_head_dim": 64, "num_attention_heads": 2}, cogvideox_blocks.Block),
 }
 PLAN = AttentionPlan(TopK(0.6), warmup=0.5, dense_qk_bits=8, pv_bits=8)
+FP8_VALUES = 0.06  # q and k in int8, values and what multiplies them in e4m3, on inputs of size one
 LARGE = {"width": 96, "height": 96, "frames": 17}  # more tokens than one block of 128 holds
 
 
@@ -60,6 +69,36 @@ def test_an_artifact_in_8_bits_throughout_films_the_same_whenever_it_is_opened(n
     assert density.packed == 1.0
     assert 0.3 < density.sparse < 1
     assert apart(load.load(tmp_path / "artifact", "cpu").film(inputs(**LARGE), nothing).frames, film.frames) == 0
+
+
+@pytest.mark.parametrize(
+    "policy", [Bands(0.3, 128, table=("st",)), Bands(0.3, 128, True, table=("st",)), Tiles(0.3, 128)]
+)
+@pytest.mark.parametrize("text_first", [False, True])
+def test_projections_go_to_the_places_that_a_policy_has_for_their_tokens(policy, text_first, device):
+    """Normed and turned by what they are, and not by where they lie."""
+    layout, heads, size = TokenLayout(9, 8, 20, text=70, text_first=text_first), 2, 32
+    qkv = torch.randn(2, layout.tokens, 3 * heads * size, device=device)
+    norm, others = torch.rand(2, 2, size, device=device) + 0.5
+    angles = torch.rand(layout.tokens - layout.text, size // 2, device=device) * 6
+    state = AttentionState(AttentionPlan(policy, pv_bits=8))
+    attn = SimpleNamespace(
+        heads=heads, processor=SimpleNamespace(state=state, layer=0, model=SimpleNamespace(layout=layout))
+    )
+    got = attended(attn, qkv, tuple(norm), 1e-6, (angles.cos(), angles.sin()), tuple(others))
+
+    q, k, v = qkv.unflatten(2, (3, heads, size)).permute(2, 0, 3, 1, 4)
+    video = slice(layout.first, layout.first + len(angles))
+
+    def placed(x, weight, other):
+        out, turned = rms_norm(x, (size,), other, 1e-6), rms_norm(x[:, :, video], (size,), weight, 1e-6)
+        out[:, :, video] = rotated(turned, *(t.repeat_interleave(2, dim=1) for t in (angles.cos(), angles.sin())))
+        return out
+
+    plain = AttentionState(AttentionPlan(policy, qk_bits=16))
+    want = attend(placed(q, norm[0], others[0]), placed(k, norm[1], others[1]), v, layer=0, layout=layout, state=plain)
+    assert relative_error(got, want.transpose(1, 2).flatten(2)) < FP8_VALUES
+    assert state.density().sparse == plain.density().sparse < 0.6
 
 
 @pytest.mark.parametrize("name", KINDS)
