@@ -263,7 +263,8 @@ def gram(x: Tensor) -> Tensor:
     """x^T x of float32 [B, H, N, D], in slices of tokens: one product a head would leave most of a GPU idle."""
     whole = x.shape[2] // SLICE * SLICE
     slices, rest = x[:, :, :whole].unflatten(2, (whole // SLICE, SLICE)), x[:, :, whole:]
-    return (slices.mT @ slices).sum(dim=2) + rest.mT @ rest
+    found: Tensor = (slices.mT @ slices).sum(dim=2) + rest.mT @ rest
+    return found
 
 
 def leading(grams: Tensor, rank: int) -> Tensor:
