@@ -173,6 +173,27 @@ def test_zeros_and_what_is_not_finite_stay_what_they_are(device):
     assert found[0, 0, 2:].isfinite().all()
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 2.0])
+def test_eigenvectors_that_are_iterated_to_leave_out_hardly_more_than_the_best(decay, device):
+    """Of 128 eigenvalues that fall like a power of their number, and where all of them are about the same."""
+    values = torch.arange(1, 129, device=device) ** -decay
+    x = torch.randn(2, 400, 128, device=device) * values.sqrt()
+    x = x @ torch.linalg.qr(torch.randn(2, 128, 128, device=device)).Q
+    best = torch.linalg.eigh(x.mT @ x).eigenvectors[..., -16:]
+    found = residual.leading_by_iteration(x.mT @ x, 16)
+    assert relative_error(found.mT @ found, torch.eye(16, device=device).expand(2, 16, 16)) < FLOAT32
+    left_out, least = ((x - x @ vectors @ vectors.mT).norm() for vectors in (found, best))
+    assert left_out < 1.02 * least
+    assert (x @ found).norm() > 0.97 * (x @ best).norm()
+
+
+def test_iteration_copes_with_few_directions_and_with_none(device):
+    x = torch.randn(2, 400, 3, device=device) @ torch.randn(2, 3, 128, device=device)
+    found = residual.leading_by_iteration(x.mT @ x, 16)
+    assert relative_error(x @ found @ found.mT, x) < 1e-3, "Gram matrices have half of float32's digits"
+    assert not residual.leading_by_iteration(torch.zeros(2, 128, 128, device=device), 16).any()
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 35, 48])
 def test_a_gram_matrix_is_that_of_all_tokens(tokens, device, monkeypatch):
     monkeypatch.setattr(residual, "SLICE", 16)
