@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -38,6 +38,7 @@ from quant_runtime import artifact
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, describe_paths
 from quant_runtime.linear import QuantLinear
+from quant_runtime.selftest import Needs, Piece, layers_of, pieces, plan_of
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.sparsity.dense import Dense
 
@@ -268,7 +269,7 @@ class Vggt:
             network = VGGT(vggt_net.read_config(folder / "config.json"))
         artifact.load_into(network, folder, component=self.component, device=device, check=check)
         vggt_net.fill_constants(network)
-        dtype = torch.float32 if manifest.layers and torch.device(device).type == "cpu" else fast_float(device)
+        dtype = _between(manifest, device)
         settle(network, device, dtype, fast_float(device))
         model = VggtModel(network, read_limits(folder))
         if manifest.attention is not None:
@@ -278,6 +279,12 @@ class Vggt:
         if torch.device(device).type != "cpu" or model.attention.plan.pv_bits == 8:
             pack_blocks(network)
         return model
+
+    def pieces(self, folder: Path, manifest: Manifest, device: str) -> Iterable[Piece]:
+        config = vggt_net.read_config(folder / "config.json")
+        sizes, layout = [config.embed_dim // config.num_heads], TokenLayout(3, 9, 10, special=config.special)
+        needs = Needs(layers_of(manifest), plan_of(manifest), sizes, layout, _between(manifest, device))
+        return pieces(needs, device)
 
     def write(self, model: VggtModel, source: Path, target: Path) -> None:
         """The model is float16 afterwards."""
@@ -329,6 +336,11 @@ class Vggt:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SERVING).write_text(json.dumps({"limits": asdict(limits)}, indent=1) + "\n")
         _write_network(network, folder)
+
+
+def _between(manifest: Manifest, device: str) -> torch.dtype:
+    """What goes from layer to layer."""
+    return torch.float32 if manifest.layers and torch.device(device).type == "cpu" else fast_float(device)
 
 
 def _write_network(network: VGGT, folder: Path) -> None:

@@ -141,7 +141,9 @@ def in_parts(
                 rows = slice(row, row + rows_at_once)
                 mine = slice(row * block_q, min((row + rows_at_once) * block_q, tokens))
                 scores = q[b, h, mine].float() @ real_k.T * row_scale[b, h, mine, None]
-                seen = key_mask(kept[b : b + 1, h : h + 1, rows], counts[b : b + 1, h : h + 1, rows], -(-keys // block_k))
+                seen = key_mask(
+                    kept[b : b + 1, h : h + 1, rows], counts[b : b + 1, h : h + 1, rows], -(-keys // block_k)
+                )
                 seen = seen[0, 0].repeat_interleave(block_q, dim=0)[: len(scores)]
                 unseen = ~seen.repeat_interleave(block_k, dim=1)[:, :keys]
                 shares = scores.masked_fill_(unseen, -math.inf).softmax(dim=1).masked_fill_(unseen, 0.0)
@@ -386,6 +388,4 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return _answer(q, v)
 
 
-_op = Op(
-    "attention_blocks", reference, _fake, cpu={product_name: on_cpu}, cuda={"Triton": launch}, plain=in_parts
-)
+_op = Op("attention_blocks", reference, _fake, cpu={product_name: on_cpu}, cuda={"Triton": launch}, plain=in_parts)

@@ -139,6 +139,4 @@ def _fake(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-_op = Op(
-    "hadamard_quantize", reference, _fake, cpu={"CPU": on_cpu}, cuda={"Triton": launch}, plain=in_rows(reference)
-)
+_op = Op("hadamard_quantize", reference, _fake, cpu={"CPU": on_cpu}, cuda={"Triton": launch}, plain=in_rows(reference))
