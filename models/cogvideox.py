@@ -116,7 +116,7 @@ class CogVideoX(PipelineFamily[CogVideoXModel]):
     """diffusers' CogVideoXPipeline folders."""
 
     name = "cogvideox"
-    sample = TokenLayout(3, 9, 10, text=17, text_first=True)
+    sample = TokenLayout(5, 10, 12, text=17, text_first=True)
     pipelines = (CogVideoXPipeline,)
     transformer = CogVideoXTransformer3DModel
     model = CogVideoXModel

@@ -174,7 +174,7 @@ class HunyuanVideo(PipelineFamily[HunyuanVideoModel]):
     transformer = HunyuanVideoTransformer3DModel
     model = HunyuanVideoModel
     serving = Serving
-    sample = TokenLayout(3, 9, 10, text=17)
+    sample = TokenLayout(5, 10, 12, text=17)
 
     def check(self, folder: Path) -> None:
         super().check(folder)

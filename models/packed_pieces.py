@@ -10,6 +10,7 @@ import torch
 
 from models.packed_blocks import bent, normed
 from quant_runtime.attention import PACKED_BLOCK
+from quant_runtime.kernels.gelu_quantize import LARGEST_K
 from quant_runtime.kernels.pack_heads import pack_heads
 from quant_runtime.selftest import HEADS, ROWS, Layer, Needs, Piece, calls, distinct, heads, quantized, uneven
 
@@ -27,7 +28,7 @@ def pieces(needs: Needs, hidden: int, together: bool, device: torch.device) -> I
     for layer in distinct(needs.layers) if sizes else ():
         if layer.inputs == hidden:
             yield Piece(f"a norm of {hidden} channels", partial(_norm, layer, together, needs, device))
-        if layer.inputs > hidden:
+        if layer.inputs <= LARGEST_K:
             yield Piece(f"GELU of {layer.inputs} channels", partial(_bend, layer, hidden, needs, device))
     for size in sizes:
         yield Piece(f"norm and rotation of heads of {size}", partial(_turn, size, together, needs, device))
@@ -50,7 +51,8 @@ def _bend(layer: Layer, hidden: int, needs: Needs, device: torch.device) -> None
     made = quantized(layer, **kind)
     for tokens in ROWS:
         bent(made, uneven(tokens, layer.inputs, **kind))
-        bent(made, uneven(tokens, layer.inputs - hidden, **kind), uneven(tokens, hidden, **kind))
+        if layer.inputs > hidden:  # attention and MLP side by side
+            bent(made, uneven(tokens, layer.inputs - hidden, **kind), uneven(tokens, hidden, **kind))
 
 
 def _turn(size: int, together: bool, needs: Needs, device: torch.device) -> None:

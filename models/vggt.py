@@ -38,7 +38,7 @@ from quant_runtime import artifact
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, describe_paths
 from quant_runtime.linear import QuantLinear
-from quant_runtime.selftest import Needs, Piece, layers_of, pieces, plan_of
+from quant_runtime.selftest import Layer, Needs, Piece, distinct, layers_of, pieces, plan_of, quantized
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.sparsity.dense import Dense
 
@@ -282,9 +282,12 @@ class Vggt:
 
     def pieces(self, folder: Path, manifest: Manifest, device: str) -> Iterable[Piece]:
         config = vggt_net.read_config(folder / "config.json")
-        sizes, layout = [config.embed_dim // config.num_heads], TokenLayout(3, 9, 10, special=config.special)
+        sizes, layout = [config.embed_dim // config.num_heads], TokenLayout(5, 10, 12, special=config.special)
         needs = Needs(layers_of(manifest), plan_of(manifest), sizes, layout, _between(manifest, device))
-        return pieces(needs, device)
+        yield from pieces(needs, device)
+        for layer in distinct(needs.layers) if torch.device(device).type == "cpu" else ():
+            widened = partial(_widen, layer, torch.device(device), needs.dtype)
+            yield Piece(f"weights of {layer.inputs} inputs in floats", widened)
 
     def write(self, model: VggtModel, source: Path, target: Path) -> None:
         """The model is float16 afterwards."""
@@ -336,6 +339,11 @@ class Vggt:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SERVING).write_text(json.dumps({"limits": asdict(limits)}, indent=1) + "\n")
         _write_network(network, folder)
+
+
+def _widen(layer: Layer, device: torch.device, dtype: torch.dtype) -> None:
+    """As _spare_small_work does."""
+    quantized(layer, device, dtype).effective_weight()
 
 
 def _between(manifest: Manifest, device: str) -> torch.dtype:

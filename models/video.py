@@ -424,7 +424,7 @@ class PipelineFamily(ABC, Generic[M]):
     weights = "diffusion_pytorch_model"
     stored = torch.bfloat16
     originals: Sequence[tuple[str, str]] = ()
-    sample: ClassVar[TokenLayout] = TokenLayout(3, 9, 10)  # tokens in this family's order, for the self-test
+    sample: ClassVar[TokenLayout] = TokenLayout(5, 10, 12)  # tokens in this family's order, for the self-test
     pipelines: ClassVar[tuple[Any, ...]]  # diffusers' classes
     transformer: ClassVar[Any]  # and that of the network
     model: type[M]

@@ -215,6 +215,9 @@ class _Test:
             raise  # it says nothing of the kernel
         except Exception as error:
             return replace(line, failure=_why(error))
+        found, wanted = ([f"{one.dtype} {list(one.shape)}" for one in answer] for answer in (got, want))
+        if found != wanted:
+            return replace(line, failure=f"{version} answers {', '.join(found)}, where {', '.join(wanted)} is right")
         off = JUDGES[op.name](args, got, want)
         why = "" if off.passes else f"{version} is off by {off.found:.3g}, where {off.allowed:.3g} is allowed"
         failure = why or (fall.why if fall else "")
@@ -464,6 +467,7 @@ def _multiply(layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
     made = quantized(layer, device, dtype)
     for rows in ROWS:
         made(uneven(rows, layer.inputs, device=device, dtype=dtype))
+        made(torch.randn(rows, layer.inputs, device=device, dtype=dtype))  # even: whole numbers are large, as are sums
 
 
 def calls(plan: AttentionPlan, layout: TokenLayout) -> list[AttentionCall]:

@@ -19,7 +19,6 @@ import typer
 from service import child
 
 if TYPE_CHECKING:
-    from models.base import Generator
     from service.settings import Settings
 
 app = typer.Typer(
@@ -113,10 +112,11 @@ def worker(
     """One worker: one model loaded at a time, on one device. SIGTERM lets it end its job first."""
     _needs_torch()
     settings = _settings(data=data, artifacts=artifacts, device=device, verify=verify)
+    from service.worker import machine
     from service.worker.main import work
 
     with _said_in_one_line():
-        work(settings, partial(_load, check=settings.verify), with_parent)
+        work(settings, partial(machine.load, check=settings.verify), machine.test, with_parent)
 
 
 # The offline stage
@@ -293,14 +293,6 @@ def _needs_torch() -> None:
     """A worker without it would take jobs and fail them all."""
     if importlib.util.find_spec("torch") is None:
         raise _refused(ImportError("no torch here; a worker needs pip install 'lowbit-serve[worker]'"))
-
-
-def _load(path: Path, device: str, check: bool) -> Generator:
-    from models.load import load
-    from quant_runtime.kernels._cpu import keep_freed_memory
-
-    keep_freed_memory()
-    return load(path, device, check)
 
 
 def _settings(**given: Any) -> Settings:

@@ -131,16 +131,18 @@ def in_parts(
     row_scale = torch.full((batch, heads, tokens), softmax_scale, device=q.device)
     if q_scale is not None:
         row_scale *= _per_token(q_scale, tokens, block_q)
+    key_scale = None if k_scale is None else _per_token(k_scale, keys, block_k)
     rows_at_once = max(1, PART_ELEMENTS // (block_q * keys))
     for b in range(batch):
         for h in range(heads):
             real_k = k[b, h].float()
-            if k_scale is not None:
-                real_k = real_k * _per_token(k_scale, keys, block_k)[b, h, :, None]
             for row in range(0, kept.shape[2], rows_at_once):
                 rows = slice(row, row + rows_at_once)
                 mine = slice(row * block_q, min((row + rows_at_once) * block_q, tokens))
-                scores = q[b, h, mine].float() @ real_k.T * row_scale[b, h, mine, None]
+                scores = q[b, h, mine].float() @ real_k.T  # of int8: exact, D is small
+                if key_scale is not None:
+                    scores *= key_scale[b, h]
+                scores *= row_scale[b, h, mine, None]
                 seen = key_mask(
                     kept[b : b + 1, h : h + 1, rows], counts[b : b + 1, h : h + 1, rows], -(-keys // block_k)
                 )
