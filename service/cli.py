@@ -237,6 +237,34 @@ def inspect(
 
 
 @app.command()
+def selftest(
+    folder: Annotated[Path, typer.Argument(help="An artifact.")],
+    device: Device = None,
+    data: Data = None,
+    fallback: Annotated[
+        bool, typer.Option("--fallback", help="Put the next version in the place of one that is wrong, and test it.")
+    ] = False,
+) -> None:
+    """Which kernels an artifact runs by on this machine, and whether each is right. Ends with 1 where one is not."""
+    _needs_torch()
+    settings = _settings(data=data, device=device)
+    from rich.console import Console
+
+    from service.worker import machine
+
+    machine.keep_kernels(settings)
+    with _told_in_one_line():
+        from models.selftest import check
+        from quant_runtime.attention import describe_paths
+        from service import selftest as shown
+
+        device = machine.device_of(settings)
+        report = check(folder, device, fallback)
+        Console().print(shown.table(folder, report, describe_paths(device)))
+    raise typer.Exit(1 if report.failures else 0)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of what it makes.")] = Path("out/demo"),
     artifacts: Annotated[Path, typer.Option(help="Folder of the demo's artifacts.")] = Path("artifacts"),

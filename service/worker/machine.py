@@ -24,6 +24,15 @@ def keep_kernels(settings: Settings) -> None:
     os.environ.setdefault(CACHE, str((settings.data / "kernels").resolve()))
 
 
+def device_of(settings: Settings) -> str:
+    """cpu or cuda, and perhaps its number: `auto` is cuda where torch sees one."""
+    if settings.device != "auto":
+        return settings.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load(path: Path, device: str, check: bool) -> Generator:
     """An artifact's generator; with `check`, once its hashes are right."""
     from models.load import load

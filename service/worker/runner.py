@@ -45,6 +45,7 @@ from service.jobs import (
 from service.results import MissingError, Results, StorageError, result_path
 from service.settings import Settings
 from service.worker.inputs import decode_image, sample_video
+from service.worker.machine import device_of
 
 LONGEST_DETAIL = 500  # characters of an exception that a caller is shown
 
@@ -162,7 +163,7 @@ class Runner:
                 return tested
 
     def _tested(self, folder: Path) -> SelfTest:
-        device, begun = self._device(), time.monotonic()
+        device, begun = device_of(self._settings), time.monotonic()
         try:
             return self._test(folder, device, self._settings.selftest == "fallback")
         except Exception as error:
@@ -215,7 +216,7 @@ class Runner:
         self._unload()  # before the next one is loaded: both may not fit
         begun = time.monotonic()
         try:
-            generator = self._load(self._folders[name], self._device())
+            generator = self._load(self._folders[name], device_of(self._settings))
         except Exception as error:
             raise ArtifactError(f"{name}: {type(error).__name__}: {error}") from error
         if generator.kind != self.infos[name].kind:
@@ -224,13 +225,6 @@ class Runner:
         self.infos[name] = self.infos[name].model_copy(update={"kernels": dict(kernels)})
         self._generator, self.hot = generator, name
         metrics.artifact_load_seconds.labels(name).set(time.monotonic() - begun)
-
-    def _device(self) -> str:
-        if self._settings.device != "auto":
-            return self._settings.device
-        import torch  # on the model's thread, where loading needs it anyway
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
 
     def _generate(self, inputs: VideoInputs | SceneInputs, folder: Path, watch: Watch) -> Outputs:
         assert self._generator is not None
