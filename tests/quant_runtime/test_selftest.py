@@ -9,11 +9,12 @@ import torch
 
 from quant_runtime import kernels, selftest
 from quant_runtime.attention import AttentionPlan, describe_paths
+from quant_runtime.compiles import Compile
 from quant_runtime.formats import QuantFormat
 from quant_runtime.kernels import _triton, attention_blocks, linear_w8a8, quantize_rows, unpack
 from quant_runtime.kernels._versions import OPS, Version
 from quant_runtime.linear import LinearSpec
-from quant_runtime.selftest import JUDGES, Error, Layer, Needs, Piece, pieces, run
+from quant_runtime.selftest import JUDGES, Error, Layer, Needs, Piece, Report, pieces, run
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.sparsity.topk import TopK
 
@@ -223,3 +224,13 @@ def test_an_op_that_has_fallen_is_named_where_the_paths_are_described(broken, de
 def test_no_error_passes_that_is_not_a_number():
     assert not Error(float("nan"), 1.0).passes
     assert Error(0.0, 0.0).passes
+
+
+@pytest.mark.parametrize(
+    ("cached", "said"),
+    [([], "unused"), ([False, False], "cold"), ([True, False], "in part"), ([True, True], "warm")],
+)
+def test_the_report_says_how_the_cache_was_found(cached, said):
+    compiles = tuple(Compile("_kernel", 0.5, one) for one in cached)
+    report = Report("cpu", (), {}, 1.0, compiles)
+    assert (report.cache, report.compile_seconds) == (said, 0.5 * len(cached))
