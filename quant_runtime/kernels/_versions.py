@@ -33,6 +33,7 @@ _local = threading.local()
 class Version:
     call: Call
     name: Name
+    on: Callable[[torch.device], bool] | None = None  # of this kind of device, those that it runs on; None is all
 
     def __str__(self) -> str:
         return self.name if isinstance(self.name, str) else self.name()
@@ -49,8 +50,9 @@ class Fall:
 class Op:
     """A torch op `quant_runtime::NAME`, called as its reference is, of tensors on one device.
 
-    `cpu` and `cuda` are versions by their names, the preferred first. `plain` is torch's, where `reference` would need
-    more memory than real inputs leave; any other kind of device runs the reference. `mutates` names what is written to.
+    `cpu` and `cuda` are versions by their names, the preferred first; `on` says of a version by its name which devices
+    of its kind it is for, and is asked at every call. `plain` is torch's, where `reference` would need more memory than
+    real inputs leave; any other kind of device runs the reference. `mutates` names what is written to.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Op:
         *,
         cpu: Mapping[Name, Call] | None = None,
         cuda: Mapping[Name, Call] | None = None,
+        on: Mapping[Name, Callable[[torch.device], bool]] | None = None,
         plain: Call | None = None,
         mutates: Sequence[str] = (),
     ) -> None:
@@ -71,7 +74,7 @@ class Op:
         self._falls: dict[torch.device, list[Fall]] = {}
         self._op = library.custom_op(f"quant_runtime::{name}", reference, mutates_args=tuple(mutates))
         for kind, given in (("cpu", cpu), ("cuda", cuda)):
-            own = [Version(call, its) for its, call in (given or {}).items()]
+            own = [Version(call, its, (on or {}).get(its)) for its, call in (given or {}).items()]
             self._versions[kind] = (*own, Version(plain or reference, TORCH))
             self._op.register_kernel(kind, self._run)
         if fake is not None:
@@ -82,7 +85,9 @@ class Op:
         return self._op(*args)
 
     def versions(self, device: torch.device | str) -> tuple[Version, ...]:
-        return self._versions[torch.device(device).type]
+        """Those for this device, the preferred first."""
+        place = _place(device)
+        return tuple(one for one in self._versions[place.type] if one.on is None or one.on(place))
 
     def running(self, device: torch.device | str) -> Version:
         falls = self._falls.get(_place(device))

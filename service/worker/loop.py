@@ -78,13 +78,19 @@ class Worker:
             log.info("worker_stopped")
 
     async def _test(self) -> None:
-        """The self-test, before anybody hears of this worker; a worker that is told to go does not wait for its end."""
+        """The self-test, before anybody hears of this worker; a worker that is told to go does not wait for its end.
+
+        Raises UnusableError where it has no end.
+        """
         test, told = asyncio.create_task(self.runner.test()), asyncio.create_task(self.draining.wait())
-        await asyncio.wait({test, told}, return_when=asyncio.FIRST_COMPLETED)
+        patience = self.settings.stall_seconds
+        await asyncio.wait({test, told}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
         if not test.done():
             test.cancel()
-            return
+            if self.draining.is_set():
+                return
+            raise UnusableError(f"the self-test has not ended in {patience:g} s: the device hangs")
         await test
         metrics.tested(self.runner.tested)
         for name, found in self.runner.tested.items():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._library.custom_ops import OPDEFS
 
 from quant_runtime import kernels, selftest
 from quant_runtime.attention import AttentionPlan, describe_paths
@@ -48,6 +49,10 @@ def test_every_op_has_a_judge():
     for module in pkgutil.iter_modules(kernels.__path__):
         importlib.import_module(f"quant_runtime.kernels.{module.name}")
     assert JUDGES.keys() == OPS.keys()
+    registered = {name.removeprefix("quant_runtime::") for name in OPDEFS if name.startswith("quant_runtime::")}
+    assert registered - {name for name in registered if name.startswith("a_test_")} == OPS.keys(), (
+        "none beside the table"
+    )
 
 
 @pytest.mark.parametrize(

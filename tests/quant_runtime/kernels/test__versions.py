@@ -62,6 +62,17 @@ def test_what_falls_on_one_device_runs_on_another(halving):
     assert [str(halving.running(other)) for other in ("cuda:1", "cpu")] == ["wrong", "wrong"]
 
 
+def test_a_version_runs_on_the_devices_that_it_is_for():
+    there = {"tuned": lambda device: device.index == 1}
+    op = Op("a_test_is_tuned", half, torch.empty_like, cuda={"tuned": wrong, "plain": half}, on=there)
+    try:
+        assert [str(op.running(device)) for device in ("cuda:0", "cuda:1", "cpu")] == ["plain", "tuned", "torch"]
+        assert str(op.fall("cuda:1", "it is wrong")) == "plain"
+        assert str(op.fall("cuda:0", "it is wrong")) == "torch"
+    finally:
+        del OPS[op.name]
+
+
 def test_a_compiled_program_runs_by_the_version_that_runs_now(halving):
     program = torch.compile(lambda x: halving(x) + 1, backend="eager")
     x = torch.ones(3)

@@ -158,6 +158,16 @@ async def test_a_worker_is_not_heard_of_before_its_test_has_ended_and_can_be_tol
     go.set()
 
 
+async def test_a_worker_whose_test_has_no_end_is_given_up(make, queue):
+    queue.settings = queue.settings.model_copy(update={"stall_seconds": 0.2})
+    go = threading.Event()
+    worker = make(test=lambda path, device, fallback: go.wait(10) and toy.test(path, device, fallback))
+    with pytest.raises(UnusableError, match=r"not ended in 0\.2 s"):
+        await worker.run()
+    go.set()
+    assert await queue.artifacts() == []
+
+
 async def test_what_fell_back_is_in_the_metrics_and_in_the_job_s_record(make, queue):
     async with at_work(make(test=finding(film="fallback"))):
         job = await reaches(queue, await submit(queue))
