@@ -6,7 +6,7 @@ The linear layers of these blocks shrink; the text refiner, which is small, does
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,13 +21,12 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
-from models import packed_pieces, video
+from models import video
 from models.base import BadInput, VideoInputs, VideoLimits
 from models.hunyuan_video_blocks import pack_blocks
+from models.packed_pieces import Packing
 from models.video import PROMPTS, PipelineFamily, VideoModel, rotated, write_serving
-from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionState, attend
-from quant_runtime.selftest import Piece
 from quant_runtime.sparsity.base import TokenLayout
 
 
@@ -175,16 +174,12 @@ class HunyuanVideo(PipelineFamily[HunyuanVideoModel]):
     model = HunyuanVideoModel
     serving = Serving
     sample = TokenLayout(5, 10, 12, text=17)
+    packing = Packing(others=True, narrow=True)
 
     def check(self, folder: Path) -> None:
         super().check(folder)
         if self.config(folder, self.component).get("image_condition_type") is not None:
             raise ValueError(f"{folder} takes a start image: of HunyuanVideo only text to video is run yet")
-
-    def pieces(self, folder: Path, manifest: Manifest, device: str) -> Iterable[Piece]:
-        needs = self.needs(folder, manifest, device)
-        yield from super().pieces(folder, manifest, device)
-        yield from packed_pieces.pieces(needs, self.hidden(folder), False, torch.device(device))
 
     def settle(self, pipe: Any) -> None:
         pipe.vae.enable_tiling()  # a film of 720p takes more memory at once than a GPU has

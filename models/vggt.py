@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from models import run_record, scene_files, vggt_images, vggt_net
+from models import packed_pieces, run_record, scene_files, vggt_images, vggt_net
 from models.base import BadInput, Kind, OnStep, Outputs, SceneInputs, SceneLimits, VideoInputs
 from models.cameras import decode_pose, encode_pose, relative_to_first
+from models.packed_pieces import Packing
 from models.precision import fast_float
 from models.scene_files import View
 from models.scene_metrics import abs_rel, auc, pose_errors, relative_poses
@@ -56,6 +58,7 @@ CALIBRATION, JUDGING = ("train", 1), ("held-out", 1)
 VIEWS = (4, 8, 6)  # of the first sample, the second, the third, and so on round
 VIEWS_AT_ONCE = 4  # in the dense heads: it bounds memory, and a run can be stopped between any two
 POSE = 9  # numbers of a pose encoding
+PACKING = Packing(bias=True, exact=True, always=True, all_turn=True)
 
 
 def suits(plan: AttentionPlan) -> None:
@@ -285,6 +288,7 @@ class Vggt:
         sizes, layout = [config.embed_dim // config.num_heads], TokenLayout(5, 10, 12, special=config.special)
         needs = Needs(layers_of(manifest), plan_of(manifest), sizes, layout, _between(manifest, device))
         yield from pieces(needs, device)
+        yield from packed_pieces.pieces(needs, config.embed_dim, PACKING, torch.device(device))
         for layer in distinct(needs.layers) if torch.device(device).type == "cpu" else ():
             widened = partial(_widen, layer, torch.device(device), needs.dtype)
             yield Piece(f"weights of {layer.inputs} inputs in floats", widened)

@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import quant_runtime.diffusers
-from models import convolutions, run_record, video_files
+from models import convolutions, packed_pieces, run_record, video_files
 from models.base import BadInput, Kind, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
+from models.packed_pieces import Packing
 from models.precision import fast_float
 from models.run_record import Clock
 from quant_runtime import artifact, quality
@@ -424,6 +425,7 @@ class PipelineFamily(ABC, Generic[M]):
     weights = "diffusion_pytorch_model"
     stored = torch.bfloat16
     originals: Sequence[tuple[str, str]] = ()
+    packing: ClassVar[Packing]  # what its blocks in 8 bits do besides their layers
     sample: ClassVar[TokenLayout] = TokenLayout(5, 10, 12)  # tokens in this family's order, for the self-test
     pipelines: ClassVar[tuple[Any, ...]]  # diffusers' classes
     transformer: ClassVar[Any]  # and that of the network
@@ -555,7 +557,9 @@ class PipelineFamily(ABC, Generic[M]):
         return int(config["num_attention_heads"] * config["attention_head_dim"])
 
     def pieces(self, folder: Path, manifest: Manifest, device: str) -> Iterable[Piece]:
-        return pieces(self.needs(folder, manifest, device), device)
+        needs = self.needs(folder, manifest, device)
+        yield from pieces(needs, device)
+        yield from packed_pieces.pieces(needs, self.hidden(folder), self.packing, torch.device(device))
 
     def dtypes(self, around: torch.dtype, half: torch.dtype) -> dict[str, torch.dtype]:
         """What each part is loaded in: `around` the quantized layers, and the device's `half`."""

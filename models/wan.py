@@ -6,7 +6,7 @@ layers of their blocks shrink, their self-attention goes sparse. Attention to te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,13 +16,12 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
-from models import packed_pieces, start_image, video
+from models import start_image, video
 from models.base import VideoInputs, VideoLimits
+from models.packed_pieces import Packing
 from models.video import PROMPTS, PipelineFamily, VideoModel, index, networks, rotated, write_serving
 from models.wan_blocks import TEXT_TOKENS, pack_blocks
-from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionState, attend
-from quant_runtime.selftest import Piece
 from quant_runtime.sparsity.base import TokenLayout
 
 WAN_LIMITS = VideoLimits(
@@ -193,6 +192,7 @@ class Wan(PipelineFamily[WanModel]):
     transformer = WanTransformer3DModel
     model = WanModel
     serving = Serving
+    packing = Packing(together=True)
 
     def components(self, folder: Path) -> tuple[str, ...]:
         return ("transformer", "transformer_2") if _has(folder, "transformer_2") else ("transformer",)
@@ -228,11 +228,6 @@ class Wan(PipelineFamily[WanModel]):
                 raise ValueError(f"{folder}/{component} is shown what an image_encoder sees, and there is none")
             if config.get("image_dim") is not None and serving.max_tokens != TEXT_TOKENS:
                 raise ValueError(f"{folder / video.SERVING}: max_tokens is {TEXT_TOKENS} in a model with image_encoder")
-
-    def pieces(self, folder: Path, manifest: Manifest, device: str) -> Iterable[Piece]:
-        needs = self.needs(folder, manifest, device)
-        yield from super().pieces(folder, manifest, device)
-        yield from packed_pieces.pieces(needs, self.hidden(folder), True, torch.device(device))
 
     def dtypes(self, around: torch.dtype, half: torch.dtype) -> dict[str, torch.dtype]:
         """The image encoder in float32, as diffusers' example has it."""

@@ -36,12 +36,15 @@ P_ROUNDED = 0.04  # attention_fp8 on a GPU: e4m3 has 3 bits behind the first, an
 FLIPS = 2e-3  # of whole numbers may fall to the other side of a half: a GPU fuses products and sums
 SHORT_SUMS = 2**-10, 0.05  # of scales, and of whole numbers: a GPU turns sums of 16-bit numbers in 11 bits
 V_ROUNDED = 0.02  # of FP8 values: one in some hundred lies at a half
+CANCELLED = 1e-5  # how alike the tokens of a block are: of directions that cancel, a mean is a tenth of one
+OTHER_ROWS = 0.01  # of lists that hold a mass
 NEAR = 1e-4  # of the largest score: two blocks so close may change places when means are summed in another order
 
 ROWS = (131, 5)  # of a layer's input: ragged to every tile; more than a few, and few
 OUTPUTS = 264  # of a layer, at most: ragged to every tile, rows of y at multiples of 16 bytes as real ones are
 STEPS = 8  # of the generation that attention is tried in: what a plan does at some steps alone is done
 HEADS = 2
+NEIGHBOURS = 60  # tokens that are alike
 TIMES = 2  # that an op is tested on inputs of one kind: of even rows and of uneven ones; at later steps it just runs
 SEED = 0  # the same inputs every time: a machine that passes passes again
 
@@ -374,9 +377,17 @@ def _fp8(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     return _floats(on_cpu if args[0].device.type == "cpu" else limits)(args, got, want)
 
 
+def _refreshed(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
+    """Dense attention, and what the kept blocks lack of it: a difference, as exact as what it is the difference of."""
+    dense = _fp8(args, got[:1], want[:1])
+    size = float(want[0].double().norm())
+    return _worst(dense, Error(float((got[1].double() - want[1].double()).norm()) / size, 2 * dense.allowed))
+
+
 def _packed(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     """In the order of pack_heads.Packed."""
     sums = [Error(relative(got[i], want[i]), ROUNDING[torch.float32]) for i in (1, 3, 5, 6, 7)]
+    sums += [Error(relative(got[i], want[i]), CANCELLED) for i in (8, 9)]
     whole = [_flips(got[i], want[i], FLIPS) for i in (0, 2)]
     return _worst(*sums, *whole, Error(relative(got[4].float(), want[4].float()), V_ROUNDED))
 
@@ -397,16 +408,15 @@ def _chosen(scores: Tensor, forced: Tensor | None, got: Answers, want: Answers) 
     return Error(float((sums[0] - sums[1]).abs().max() / largest), NEAR)
 
 
+def _held(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
+    """Lists of blocks that hold a mass: a row may have another where two blocks, or the mass, are very near."""
+    (kept, counts), (want_kept, want_counts) = got, want
+    listed = torch.arange(kept.shape[3], device=kept.device)
+    other = ((kept != want_kept) & (listed < want_counts[..., None])).any(dim=3) | (counts != want_counts)
+    return Error(float(other.double().mean()), max(OTHER_ROWS, 1.5 / other.numel()))
+
+
 def _mapped(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
-    q, k, _, block_q, block_k, forced, _ = args
-    means = [
-        torch.stack([part.double().mean(dim=2) for part in x.split(block, dim=2)], dim=2)
-        for x, block in ((q, block_q), (k, block_k))
-    ]
-    return _chosen(means[0] @ means[1].mT, forced, got, want)
-
-
-def _mapped_by_means(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     return _chosen(args[0].double() @ args[1].double().mT, args[3], got, want)
 
 
@@ -415,8 +425,9 @@ _VALUES = {torch.float32: ROUNDING[torch.float32], torch.float16: VALUES_ROUNDED
 JUDGES: dict[str, Judge] = {  # every op of _versions.OPS
     "attention_blocks": _floats(_VALUES),
     "attention_fp8": _fp8,
-    "block_map": _mapped,
-    "choose_blocks": _mapped_by_means,
+    "attention_fp8_refresh": _refreshed,
+    "blocks_by_mass": _held,
+    "choose_blocks": _mapped,
     "gelu_quantize": _rounded(),
     "hadamard": _floats(),
     "hadamard_quantize": _rounded(_turned_short),
@@ -427,6 +438,7 @@ JUDGES: dict[str, Judge] = {  # every op of _versions.OPS
     "norm_modulate": _floats(),
     "norm_quantize": _rounded(),
     "pack_heads": _packed,
+    "pool_blocks": _floats(),
     "quantize_heads": _rounded(),
     "quantize_rows": _rounded(),
     "unpack": _same,
@@ -504,8 +516,13 @@ def calls(plan: AttentionPlan, layout: TokenLayout) -> list[AttentionCall]:
 
 
 def heads(size: int, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as a fused projection leaves them, with outlier channels; keys have a part in common."""
+    """q, k and v as a fused projection leaves them, with outlier channels; keys have a part in common, and neighbours.
+
+    Blocks of tokens that have nothing in common are all kept, by a policy that looks at it.
+    """
     x = torch.randn(1, tokens, 3, HEADS, size, device=device)
+    runs = torch.randn(1, -(-tokens // NEIGHBOURS), 3, HEADS, size, device=device)
+    x += runs.repeat_interleave(NEIGHBOURS, dim=1)[:, :tokens]
     x[..., ::64] *= 10
     x[:, :, 1] += 3 * torch.randn(size, device=device)
     q, k, v = x.to(dtype).permute(2, 0, 3, 1, 4)

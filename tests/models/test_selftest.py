@@ -1,6 +1,7 @@
 """What the self-test of an artifact tests is what runs when the artifact does, whatever family it is of."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,18 +16,22 @@ from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import QuantFormat
 from quant_runtime.kernels._versions import OPS, Version, examined
 from quant_runtime.methods import QuaRot, Rtn, SmoothQuant
+from quant_runtime.residual import Residual
 from quant_runtime.sparsity.topk import TopK
+from quant_runtime.sparsity.topp import TopP
 from tests.models import test_packed_blocks
 from tests.models.films import inputs, nothing
 
 SPARSE = AttentionPlan(TopK(0.6, block=16), warmup=0.5, dense_qk_bits=8)
 FP8 = test_packed_blocks.PLAN
+MASS = replace(FP8, policy=TopP(0.8, block=16), residual=Residual(interval=2))
 RECIPES = {
     "wan turned, in 8 bits throughout": ("wan", Recipe(QuaRot(), QuantFormat.parse("w8a8"), FP8)),
-    "wan in 8 bits throughout": ("wan", Recipe(Rtn(), QuantFormat.parse("w4a6"), FP8)),
+    "wan in 8 bits throughout, blocks by mass": ("wan", Recipe(Rtn(), QuantFormat.parse("w4a6"), MASS)),
     "hunyuan_video turned, in 8 bits throughout": ("hunyuan_video", Recipe(QuaRot(), QuantFormat.parse("w4a4"), FP8)),
     "hunyuan_video in 8 bits throughout": ("hunyuan_video", Recipe(SmoothQuant(), QuantFormat.parse("w8a8"), FP8)),
     "cogvideox": ("cogvideox", Recipe(Rtn(), QuantFormat.parse("w3a8"), SPARSE)),
+    "cogvideox in 8 bits throughout": ("cogvideox", Recipe(Rtn(), QuantFormat.parse("w4a8"), FP8)),
     "vggt": ("vggt", Recipe(QuaRot(), QuantFormat.parse("w4a8"), SPARSE)),
     "vggt, dense": ("vggt", Recipe(Rtn(), QuantFormat.parse("w8a8"), AttentionPlan(dense_qk_bits=8))),
 }
@@ -49,7 +54,7 @@ def run(artifact, folder):
     """Once, as a worker does it."""
     model = load.load(artifact, "cpu")
     if model.kind == "video":
-        model.film(inputs(), nothing)
+        model.film(inputs(steps=6), nothing)
         return
     paths = tuple(folder / f"{n}.png" for n in range(2))
     for path in paths:

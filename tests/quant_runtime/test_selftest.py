@@ -12,12 +12,23 @@ from quant_runtime import kernels, selftest
 from quant_runtime.attention import AttentionPlan, describe_paths
 from quant_runtime.compiles import Compile
 from quant_runtime.formats import QuantFormat
-from quant_runtime.kernels import _triton, attention_blocks, linear_w8a8, quantize_rows, unpack
+from quant_runtime.kernels import (
+    _triton,
+    attention_blocks,
+    attention_fp8,
+    block_map,
+    blocks_by_mass,
+    linear_w8a8,
+    quantize_rows,
+    unpack,
+)
 from quant_runtime.kernels._versions import OPS, Version
 from quant_runtime.linear import LinearSpec
+from quant_runtime.residual import Residual
 from quant_runtime.selftest import JUDGES, Error, Layer, Needs, Piece, Report, pieces, run
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.sparsity.topk import TopK
+from quant_runtime.sparsity.topp import TopP
 
 LAYOUT = TokenLayout(5, 10, 12, text=7)
 LAYERS = (
@@ -58,7 +69,7 @@ def test_every_op_has_a_judge():
 @pytest.mark.parametrize(
     ("plan", "ops"),
     [
-        (PLAN, {"quantize_heads", "attention_blocks", "block_map"}),
+        (PLAN, {"quantize_heads", "attention_blocks", "pool_blocks", "choose_blocks"}),
         (replace(PLAN, pv_bits=8), {"pack_heads", "attention_fp8", "choose_blocks"}),
         (AttentionPlan(), set()),
     ],
@@ -167,15 +178,27 @@ def test_an_answer_written_into_a_tensor_is_tested_as_any_other(broken, device):
     assert "off by nan" in report.failures["linear_w8a8_into"]
 
 
-def test_block_lists_are_judged_by_what_they_keep(broken, device):
-    def worst(q, k, keep, block_q, block_k, forced, whole):
-        from quant_runtime.kernels import block_map
+@pytest.mark.parametrize("policy", [TopK(0.25), TopP(0.7)])
+def test_block_lists_are_judged_by_what_they_keep(policy, broken, device):
+    name, module = ("choose_blocks", block_map) if isinstance(policy, TopK) else ("blocks_by_mass", blocks_by_mass)
+    reference = getattr(module, "choose_reference", None) or module.reference
+    broken(name, lambda q_means, k_means, *rest: reference(q_means, -k_means, *rest))
+    needs = replace(NEEDS, layers=(), plan=replace(PLAN, policy=policy))
+    assert run(pieces(needs, device), device).failures.keys() == {name}
 
-        return block_map.reference(q, -k, keep, block_q, block_k, forced, whole)
 
-    broken("block_map", worst)
-    report = run(pieces(replace(NEEDS, layers=()), device), device)
-    assert report.failures.keys() == {"block_map"}
+def test_a_refresh_that_loses_nothing_is_found(broken, device):
+    def lossless(*args):
+        dense, lost = attention_fp8.refresh_reference(*args)
+        return dense, torch.zeros_like(lost)
+
+    plan = replace(PLAN, pv_bits=8, residual=Residual())
+    needs = replace(NEEDS, layers=(), plan=plan)
+    report = run(pieces(needs, device), device)
+    assert report.verdict == "passed"
+    assert "attention_fp8_refresh" in report.versions
+    broken("attention_fp8_refresh", lossless)
+    assert run(pieces(needs, device), device).failures.keys() == {"attention_fp8_refresh"}
 
 
 def test_attention_that_drops_a_key_is_found(broken, device):

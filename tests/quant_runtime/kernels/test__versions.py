@@ -131,8 +131,8 @@ def test_rows_some_at_a_time_are_all_rows(device, monkeypatch):
         (quantize_rows, (x, 8, factor)),
         (hadamard, (x, signs(64, device), 16)),
         (hadamard_quantize, (x, signs(64, device), 16, 4, None)),
-        (gelu_quantize, (x, rows(10, 32, device), 8, None)),
-        (gelu_quantize, (x, None, 8, factor)),
+        (gelu_quantize, (x, rows(10, 32, device), 8, None, False)),
+        (gelu_quantize, (x, None, 8, factor, True)),
     ]
     for op, args in calls:
         got, want = OPS[op.__name__.rsplit(".", 1)[1]].versions(device)[-1].call(*args), op.reference(*args)
