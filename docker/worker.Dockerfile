@@ -24,10 +24,12 @@ ENV PATH=/app/bin:$PATH LOWBIT_DATA=/data LOWBIT_ARTIFACTS=/artifacts LOWBIT_MET
 USER 10001
 WORKDIR /data
 EXPOSE 9100
-# Healthy is a worker whose loop still tells the queue that it lives; a container that only runs is not.
-HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["python", "-c", \
+# Healthy is a worker whose loop still tells the queue that it lives, and that has something to run: not one whose
+# self-test has refused all its artifacts.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=120s CMD ["python", "-c", \
   "import re, urllib.request; \
 text = urllib.request.urlopen('http://127.0.0.1:9100/metrics', timeout=5).read().decode(); \
-raise SystemExit(float(re.search(r'^lowbit_worker_beat_age_seconds (\\S+)', text, re.M)[1]) > 60)"]
+alive = float(re.search(r'^lowbit_worker_beat_age_seconds (\\S+)', text, re.M)[1]) < 60; \
+raise SystemExit(not alive or 'lowbit_worker_state{state=\"refused\"} 1.0' in text)"]
 ENTRYPOINT ["lowbit"]
 CMD ["worker"]

@@ -7,7 +7,7 @@ worker it is a *generator*, warm, that turns inputs into files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from quant_runtime.artifact import Manifest
     from quant_runtime.attention import AttentionPlan, AttentionState
+    from quant_runtime.selftest import Piece
 
 Kind = Literal["video", "scene"]
 OnStep = Callable[[int, int], None]  # (step done, of how many); raising from it ends the run at this step boundary
@@ -167,6 +168,10 @@ class Family(Protocol):
 
     def suits(self, network: nn.Module, plan: AttentionPlan) -> None:
         """Raises ValueError for a plan that this network, perhaps on the meta device, cannot run by: it says why."""
+        ...
+
+    def pieces(self, folder: Path, manifest: Manifest, device: str) -> Iterable[Piece]:
+        """Small parts of what an artifact runs on this device, for the self-test. Reads configs alone."""
         ...
 
     def write(self, model: Model, source: Path, target: Path) -> None:

@@ -24,6 +24,7 @@ from transformers import T5Config, T5EncoderModel
 from models import video
 from models.base import VideoInputs, VideoLimits
 from models.cogvideox_blocks import pack_blocks
+from models.packed_pieces import Packing
 from models.video import PROMPTS, PipelineFamily, VideoModel, rotated, write_serving
 from quant_runtime.attention import AttentionState, attend
 from quant_runtime.sparsity.base import TokenLayout
@@ -116,6 +117,8 @@ class CogVideoX(PipelineFamily[CogVideoXModel]):
     """diffusers' CogVideoXPipeline folders."""
 
     name = "cogvideox"
+    sample = TokenLayout(5, 10, 12, text=17, text_first=True)
+    packing = Packing(bias=True, two=True)
     pipelines = (CogVideoXPipeline,)
     transformer = CogVideoXTransformer3DModel
     model = CogVideoXModel

@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 from models import video
 from models.base import BadInput, VideoInputs, VideoLimits
 from models.hunyuan_video_blocks import pack_blocks
+from models.packed_pieces import Packing
 from models.video import PROMPTS, PipelineFamily, VideoModel, rotated, write_serving
 from quant_runtime.attention import AttentionState, attend
 from quant_runtime.sparsity.base import TokenLayout
@@ -172,6 +173,8 @@ class HunyuanVideo(PipelineFamily[HunyuanVideoModel]):
     transformer = HunyuanVideoTransformer3DModel
     model = HunyuanVideoModel
     serving = Serving
+    sample = TokenLayout(5, 10, 12, text=17)
+    packing = Packing(others=True, narrow=True)
 
     def check(self, folder: Path) -> None:
         super().check(folder)

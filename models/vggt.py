@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from models import run_record, scene_files, vggt_images, vggt_net
+from models import packed_pieces, run_record, scene_files, vggt_images, vggt_net
 from models.base import BadInput, Kind, OnStep, Outputs, SceneInputs, SceneLimits, VideoInputs
 from models.cameras import decode_pose, encode_pose, relative_to_first
+from models.packed_pieces import Packing
 from models.precision import fast_float
 from models.scene_files import View
 from models.scene_metrics import abs_rel, auc, pose_errors, relative_poses
@@ -38,6 +40,7 @@ from quant_runtime import artifact
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, describe_paths
 from quant_runtime.linear import QuantLinear
+from quant_runtime.selftest import Layer, Needs, Piece, distinct, layers_of, pieces, plan_of, quantized
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.sparsity.dense import Dense
 
@@ -55,6 +58,7 @@ CALIBRATION, JUDGING = ("train", 1), ("held-out", 1)
 VIEWS = (4, 8, 6)  # of the first sample, the second, the third, and so on round
 VIEWS_AT_ONCE = 4  # in the dense heads: it bounds memory, and a run can be stopped between any two
 POSE = 9  # numbers of a pose encoding
+PACKING = Packing(bias=True, exact=True, always=True, all_turn=True)
 
 
 def suits(plan: AttentionPlan) -> None:
@@ -268,7 +272,7 @@ class Vggt:
             network = VGGT(vggt_net.read_config(folder / "config.json"))
         artifact.load_into(network, folder, component=self.component, device=device, check=check)
         vggt_net.fill_constants(network)
-        dtype = torch.float32 if manifest.layers and torch.device(device).type == "cpu" else fast_float(device)
+        dtype = _between(manifest, device)
         settle(network, device, dtype, fast_float(device))
         model = VggtModel(network, read_limits(folder))
         if manifest.attention is not None:
@@ -278,6 +282,16 @@ class Vggt:
         if torch.device(device).type != "cpu" or model.attention.plan.pv_bits == 8:
             pack_blocks(network)
         return model
+
+    def pieces(self, folder: Path, manifest: Manifest, device: str) -> Iterable[Piece]:
+        config = vggt_net.read_config(folder / "config.json")
+        sizes, layout = [config.embed_dim // config.num_heads], TokenLayout(5, 10, 12, special=config.special)
+        needs = Needs(layers_of(manifest), plan_of(manifest), sizes, layout, _between(manifest, device))
+        yield from pieces(needs, device)
+        yield from packed_pieces.pieces(needs, config.embed_dim, PACKING, torch.device(device))
+        for layer in distinct(needs.layers) if torch.device(device).type == "cpu" else ():
+            widened = partial(_widen, layer, torch.device(device), needs.dtype)
+            yield Piece(f"weights of {layer.inputs} inputs in floats", widened)
 
     def write(self, model: VggtModel, source: Path, target: Path) -> None:
         """The model is float16 afterwards."""
@@ -329,6 +343,16 @@ class Vggt:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SERVING).write_text(json.dumps({"limits": asdict(limits)}, indent=1) + "\n")
         _write_network(network, folder)
+
+
+def _widen(layer: Layer, device: torch.device, dtype: torch.dtype) -> None:
+    """As _spare_small_work does."""
+    quantized(layer, device, dtype).effective_weight()
+
+
+def _between(manifest: Manifest, device: str) -> torch.dtype:
+    """What goes from layer to layer."""
+    return torch.float32 if manifest.layers and torch.device(device).type == "cpu" else fast_float(device)
 
 
 def _write_network(network: VGGT, folder: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +27,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import quant_runtime.diffusers
-from models import convolutions, run_record, video_files
+from models import convolutions, packed_pieces, run_record, video_files
 from models.base import BadInput, Kind, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
+from models.packed_pieces import Packing
 from models.precision import fast_float
 from models.run_record import Clock
 from quant_runtime import artifact, quality
@@ -40,6 +41,7 @@ from quant_runtime.linear import QuantLinear, fusable, fuse
 from quant_runtime.memory import room
 from quant_runtime.paged import Read, page
 from quant_runtime.residual import Place
+from quant_runtime.selftest import Needs, Piece, layers_of, pieces, plan_of
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.tensor_files import TensorFiles, fill
 
@@ -426,6 +428,8 @@ class PipelineFamily(ABC, Generic[M]):
     weights = "diffusion_pytorch_model"
     stored = torch.bfloat16
     originals: Sequence[tuple[str, str]] = ()
+    packing: ClassVar[Packing]  # what its blocks in 8 bits do besides their layers
+    sample: ClassVar[TokenLayout] = TokenLayout(5, 10, 12)  # tokens in this family's order, for the self-test
     pipelines: ClassVar[tuple[Any, ...]]  # diffusers' classes
     transformer: ClassVar[Any]  # and that of the network
     model: type[M]
@@ -533,8 +537,7 @@ class PipelineFamily(ABC, Generic[M]):
 
         On a CPU int8 layers come with float32 around them: there norms and roundings are faster so.
         """
-        half = fast_float(device)
-        around = torch.float32 if device == "cpu" and manifest.layers else half
+        half, around = fast_float(device), self.around(manifest, device)
         own = [artifact.weights(manifest, component) for component in self.components(folder)]
         digests = {name: digest for some in own for name, digest in some.items()} if check else None
         model = self.load(folder, device, self.dtypes(around, half), digests)
@@ -542,6 +545,24 @@ class PipelineFamily(ABC, Generic[M]):
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
         return model
+
+    def around(self, manifest: Manifest, device: str) -> torch.dtype:
+        """What goes from layer to layer of an artifact's network."""
+        return torch.float32 if torch.device(device).type == "cpu" and manifest.layers else fast_float(device)
+
+    def needs(self, folder: Path, manifest: Manifest, device: str) -> Needs:
+        sizes = [self.config(folder, component)["attention_head_dim"] for component in self.components(folder)]
+        return Needs(layers_of(manifest), plan_of(manifest), sizes, self.sample, self.around(manifest, device))
+
+    def hidden(self, folder: Path) -> int:
+        """How many channels go from block to block."""
+        config = self.config(folder, self.component)
+        return int(config["num_attention_heads"] * config["attention_head_dim"])
+
+    def pieces(self, folder: Path, manifest: Manifest, device: str) -> Iterable[Piece]:
+        needs = self.needs(folder, manifest, device)
+        yield from pieces(needs, device)
+        yield from packed_pieces.pieces(needs, self.hidden(folder), self.packing, torch.device(device))
 
     def dtypes(self, around: torch.dtype, half: torch.dtype) -> dict[str, torch.dtype]:
         """What each part is loaded in: `around` the quantized layers, and the device's `half`."""

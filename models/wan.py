@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from models import start_image, video
 from models.base import VideoInputs, VideoLimits
+from models.packed_pieces import Packing
 from models.video import PROMPTS, PipelineFamily, VideoModel, index, networks, rotated, write_serving
 from models.wan_blocks import TEXT_TOKENS, pack_blocks
 from quant_runtime.attention import AttentionState, attend
@@ -191,6 +192,7 @@ class Wan(PipelineFamily[WanModel]):
     transformer = WanTransformer3DModel
     model = WanModel
     serving = Serving
+    packing = Packing(together=True)
 
     def components(self, folder: Path) -> tuple[str, ...]:
         return ("transformer", "transformer_2") if _has(folder, "transformer_2") else ("transformer",)

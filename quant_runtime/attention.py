@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant_runtime.kernels._cpu import cpu_has_bfloat16, cpu_int8_path
+from quant_runtime.kernels._versions import OPS, fallen
 from quant_runtime.kernels.attention_blocks import attention_blocks
 from quant_runtime.kernels.attention_fp8 import (
     attention_fp8,
@@ -403,14 +404,29 @@ def _value_dtype(v: Tensor) -> torch.dtype:
 
 
 def describe_paths(device: torch.device | str) -> dict[str, str]:
-    """Which arithmetic runs on this device, in words, for logs, reports and /artifacts."""
-    if torch.device(device).type != "cpu":
-        present = not torch.cuda.is_available() or has_fp8(torch.device(device))
+    """Which arithmetic runs on this device, in words, for logs, reports and /artifacts.
+
+    An op that runs by another version than its own, because the self-test has found that one wrong, stands there under
+    its own name, with the reason.
+    """
+    device = torch.device(device)
+    linear = _run_by(device, "linear_w8a8", "linear_w4a8")
+    if device.type != "cpu":
+        present = not torch.cuda.is_available() or has_fp8(device)
         values = "16-bit or FP8 PV" if present else "16-bit PV: this GPU has no FP8"
-        return {"linear": "int8, Triton", "attention": f"int8 QK, {values}, Triton; 16-bit dense, torch"}
-    products = {
-        "onednn": "int8, oneDNN",
-        "float32": "int8 as float32 products: this CPU has no fast, exact int8 matmul",
-    }[cpu_int8_path()]
-    values = "bfloat16 PV" if cpu_has_bfloat16() else "float32 PV: this CPU does not multiply bfloat16 itself"
-    return {"linear": products, "attention": f"QK {products}; {values}; 16-bit dense, torch"}
+        sparse = _run_by(device, "attention_blocks", *(["attention_fp8"] if present else []))
+        said = {"linear": f"int8, {linear}", "attention": f"int8 QK, {values}, {sparse}; 16-bit dense, torch"}
+    else:
+        why = "" if cpu_int8_path() == "onednn" else ": this CPU has no fast, exact int8 matmul"
+        values = "bfloat16 PV" if cpu_has_bfloat16() else "float32 PV: this CPU does not multiply bfloat16 itself"
+        sparse = _run_by(device, "attention_blocks", "attention_fp8")
+        said = {
+            "linear": f"int8, {linear}{why}",
+            "attention": f"QK int8, {sparse}{why}; {values}; 16-bit dense, torch",
+        }
+    falls = fallen(device).items()
+    return said | {name: f"{fall.version}, not {OPS[name].versions(device)[0]}: {fall.why}" for name, fall in falls}
+
+
+def _run_by(device: torch.device, *ops: str) -> str:
+    return " and ".join(dict.fromkeys(str(OPS[name].running(device)) for name in ops))

@@ -19,7 +19,6 @@ import typer
 from service import child
 
 if TYPE_CHECKING:
-    from models.base import Generator
     from service.settings import Settings
 
 app = typer.Typer(
@@ -113,10 +112,11 @@ def worker(
     """One worker: one model loaded at a time, on one device. SIGTERM lets it end its job first."""
     _needs_torch()
     settings = _settings(data=data, artifacts=artifacts, device=device, verify=verify)
+    from service.worker import machine
     from service.worker.main import work
 
     with _said_in_one_line():
-        work(settings, partial(_load, check=settings.verify), with_parent)
+        work(settings, partial(machine.load, check=settings.verify), machine.test, with_parent)
 
 
 # The offline stage
@@ -245,6 +245,34 @@ def inspect(
 
 
 @app.command()
+def selftest(
+    folder: Annotated[Path, typer.Argument(help="An artifact.")],
+    device: Device = None,
+    data: Data = None,
+    fallback: Annotated[
+        bool, typer.Option("--fallback", help="Put the next version in the place of one that is wrong, and test it.")
+    ] = False,
+) -> None:
+    """Which kernels an artifact runs by on this machine, and whether each is right. Ends with 1 where one is not."""
+    _needs_torch()
+    settings = _settings(data=data, device=device)
+    from rich.console import Console
+
+    from service.worker import machine
+
+    machine.keep_kernels(settings)
+    with _told_in_one_line():
+        from models.selftest import check
+        from quant_runtime.attention import describe_paths
+        from service import selftest as shown
+
+        device = machine.device_of(settings)
+        report = check(folder, device, fallback)
+        Console().print(shown.table(folder, report, describe_paths(device)))
+    raise typer.Exit(1 if report.failures else 0)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of what it makes.")] = Path("out/demo"),
     artifacts: Annotated[Path, typer.Option(help="Folder of the demo's artifacts.")] = Path("artifacts"),
@@ -301,14 +329,6 @@ def _needs_torch() -> None:
     """A worker without it would take jobs and fail them all."""
     if importlib.util.find_spec("torch") is None:
         raise _refused(ImportError("no torch here; a worker needs pip install 'lowbit-serve[worker]'"))
-
-
-def _load(path: Path, device: str, check: bool) -> Generator:
-    from models.load import load
-    from quant_runtime.kernels._cpu import keep_freed_memory
-
-    keep_freed_memory()
-    return load(path, device, check)
 
 
 def _settings(**given: Any) -> Settings:

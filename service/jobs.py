@@ -210,6 +210,7 @@ class Job(_Value):
     finished_at: datetime | None = None
     attempt: Annotated[int, Field(ge=0)] = 0  # 0 until a worker took it
     progress: Progress | None = None
+    kernels: dict[str, str] = {}  # of the attempt that succeeded: what its worker ran it by, in words
     position: int | None = None  # jobs for the same artifact that go before this one; while queued
     results: tuple[Result, ...] = ()
     error: Problem | None = None
@@ -265,6 +266,18 @@ class SceneLimits(_Value):
         return self
 
 
+class SelfTest(_Value):
+    """What a worker's self-test found of an artifact's kernels on its device."""
+
+    verdict: Literal["passed", "fallback", "refused"]  # refused: this worker takes no jobs for the artifact
+    device: str
+    versions: dict[str, str] = {}  # which version each op runs by: {"linear_w8a8": "Triton", ...}
+    failures: dict[str, str] = {}  # why an op does not run by its own version, or may not run at all
+    seconds: float
+    compile_seconds: float = 0.0  # of these, what compiling kernels took
+    cache: str = "unused"  # how the cache of compiled kernels was found: cold, warm, in part; unused on a CPU
+
+
 class ArtifactInfo(_Value):
     """What the API knows of an artifact, from its manifest or from the workers that hold it."""
 
@@ -282,6 +295,7 @@ class ArtifactInfo(_Value):
         str, str
     ] = {}  # what the worker's machine picked: {"int8": "onednn", ...}; empty until one has loaded it
     workers: Annotated[int, Field(ge=0)] = 0  # alive and able to run it
+    tested: dict[str, SelfTest] = {}  # by the name of each living worker that has tested its kernels
 
     @model_validator(mode="after")
     def _limits_of_its_kind(self) -> Self:

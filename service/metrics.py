@@ -6,11 +6,11 @@ gauges of the queue are asked of the queue at each scrape of the API. No label e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 
-from service.jobs import ArtifactInfo
+from service.jobs import ArtifactInfo, SelfTest
 from service.queue.client import Stats, Swept
 
 REGISTRY = CollectorRegistry()
@@ -73,13 +73,27 @@ cache_bytes = _gauge(
 artifact = _gauge(
     "artifact_info", "1 for each artifact a worker holds", "artifact", "family", "method", "bits", "density"
 )
-worker_state = _gauge("worker_state", "1 for the state it is in: starting, ready, busy, draining", "state")
+kernel_version = _gauge(
+    "kernel_version", "1 for the version that an op runs by, as tested at the start", "op", "version"
+)
+artifact_selftest = _gauge(
+    "artifact_selftest", "1 for what the self-test said: passed, fallback, refused", "artifact", "verdict"
+)
+selftest_seconds = _gauge("selftest_seconds", "How long the self-test of an artifact took", "artifact")
+kernels_compiled = _counter("kernels_compiled", "Kernels that Triton made ready: new, or from the disk", "cache")
+kernel_compile_seconds = _counter("kernel_compile_seconds", "What that took", "cache")
+worker_state = _gauge(
+    "worker_state",
+    "1 for the state it is in: starting, ready, busy, draining, or refused, with nothing to run",
+    "state",
+)
 worker_beat_age_seconds = _gauge("worker_beat_age_seconds", "Since the worker last told the queue that it lives")
 worker_lease_lost = _counter("worker_lease_lost", "Jobs that another attempt took over while this worker ran them")
 duplicates_suppressed = _counter("duplicate_results_suppressed", "Finished results that were refused by the fence")
 queue_errors = _counter("queue_errors", "Calls of the queue server that failed")
 
-STATES = ("starting", "ready", "busy", "draining")
+STATES = ("starting", "ready", "busy", "draining", "refused")
+VERDICTS = ("passed", "fallback", "refused")
 
 
 def in_state(state: str) -> None:
@@ -92,6 +106,24 @@ def holds(infos: Iterable[ArtifactInfo]) -> None:
     for info in infos:
         density = "1" if info.density is None else f"{info.density:g}"
         artifact.labels(info.name, info.family, info.method or "none", info.bits or "none", density).set(1)
+
+
+def tested(found: Mapping[str, SelfTest]) -> None:
+    """What the self-test of each artifact found, by the artifacts' names."""
+    kernel_version.clear()
+    for name, one in found.items():
+        for verdict in VERDICTS:
+            artifact_selftest.labels(name, verdict).set(verdict == one.verdict)
+        selftest_seconds.labels(name).set(one.seconds)
+        for op, version in one.versions.items():
+            kernel_version.labels(op, version).set(1)
+
+
+def compiled(seconds: float, cached: bool) -> None:
+    """Of one kernel."""
+    cache = "hit" if cached else "miss"
+    kernels_compiled.labels(cache).inc()
+    kernel_compile_seconds.labels(cache).inc(seconds)
 
 
 def count_swept(swept: Iterable[Swept]) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -43,6 +43,8 @@ class Settings(BaseSettings):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 8001  # 0 takes any free port and logs it
     device: Annotated[str, Field(pattern=f"^({DEVICE})$")] = "auto"  # auto is cuda where torch sees one, else cpu
     verify: bool = True  # a worker checks an artifact's hashes as it loads it
+    selftest: Literal["refuse", "fallback", "off"] = "refuse"  # where a kernel is wrong: no jobs, or the next version
+    kernel_cache: Path | None = None  # what Triton compiles; none is TRITON_CACHE_DIR, or else `data`/kernels
     log_level: Annotated[str, Field(pattern=r"^(debug|info|warning|error)$")] = "info"
 
     # The lease of a running job, and how often a lost or failed one is tried again

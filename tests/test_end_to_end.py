@@ -195,6 +195,10 @@ def test_what_is_offered_has_its_limits_its_quality_and_its_worker(client):
     assert all(one["workers"] == 1 and one["bits"] == "W4A8" for one in offered.values())
     assert offered["film"]["quality"]["psnr"] > 0
     assert [offered[name]["limits"]["image"] for name in ("film", "start")] == ["none", "required"]
+    for one in offered.values():
+        (tested,) = one["tested"].values()
+        assert (tested["verdict"], tested["failures"]) == ("passed", {})
+        assert {"hadamard_quantize", "linear_w4a8"} <= tested["versions"].keys()
 
 
 def stopped_in_the_middle(client: httpx.Client, kill) -> dict:

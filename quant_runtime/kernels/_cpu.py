@@ -66,6 +66,11 @@ def cpu_int8_path() -> Int8Path:
     return "float32" if why else "onednn"
 
 
+def product_name() -> str:
+    """What multiplies int8 on this CPU, in a word or two."""
+    return "oneDNN" if cpu_int8_path() == "onednn" else "float32 products"
+
+
 def _why_not_onednn() -> str:
     """Empty where torch's int8 matmul is exact, and fast. Asked of the CPU: a clock would make two runs differ."""
     if not torch.backends.mkldnn.is_available():

@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.nn import functional as F
 
-from quant_runtime.kernels._cpu import operand_dtype, products, scratch
+from quant_runtime.kernels._cpu import operand_dtype, product_name, products, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._versions import PART_ELEMENTS, Op
 
 BLOCKS = (16, 32, 64, 128)
 LARGEST_D = 256
@@ -111,6 +112,45 @@ def _per_token(scale: Tensor, tokens: int, block: int) -> Tensor:
 def _answer(q: Tensor, v: Tensor) -> Tensor:
     batch, heads, tokens, size = q.shape
     return torch.empty(batch, tokens, heads, size, dtype=v.dtype, device=v.device).transpose(1, 2)
+
+
+def in_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    """Plain torch in float32, where the reference's scores would not fit: a few rows of blocks of a head at a time."""
+    (batch, heads, tokens, _), keys, out = q.shape, k.shape[2], _answer(q, v)
+    row_scale = torch.full((batch, heads, tokens), softmax_scale, device=q.device)
+    if q_scale is not None:
+        row_scale *= _per_token(q_scale, tokens, block_q)
+    key_scale = None if k_scale is None else _per_token(k_scale, keys, block_k)
+    rows_at_once = max(1, PART_ELEMENTS // (block_q * keys))
+    for b in range(batch):
+        for h in range(heads):
+            real_k = k[b, h].float()
+            for row in range(0, kept.shape[2], rows_at_once):
+                rows = slice(row, row + rows_at_once)
+                mine = slice(row * block_q, min((row + rows_at_once) * block_q, tokens))
+                scores = q[b, h, mine].float() @ real_k.T  # of int8: exact, D is small
+                if key_scale is not None:
+                    scores *= key_scale[b, h]
+                scores *= row_scale[b, h, mine, None]
+                seen = key_mask(
+                    kept[b : b + 1, h : h + 1, rows], counts[b : b + 1, h : h + 1, rows], -(-keys // block_k)
+                )
+                seen = seen[0, 0].repeat_interleave(block_q, dim=0)[: len(scores)]
+                unseen = ~seen.repeat_interleave(block_k, dim=1)[:, :keys]
+                shares = scores.masked_fill_(unseen, -math.inf).softmax(dim=1).masked_fill_(unseen, 0.0)
+                out[b, h, mine] = (shares @ v[b, h].float()).to(v.dtype)
+    return out
 
 
 def on_cpu(
@@ -350,7 +390,4 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return _answer(q, v)
 
 
-_op = library.custom_op("quant_runtime::attention_blocks", reference, mutates_args=())
-_op.register_kernel("cpu", on_cpu)
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
+_op = Op("attention_blocks", reference, _fake, cpu={product_name: on_cpu}, cuda={"Triton": launch}, plain=in_parts)

@@ -32,10 +32,12 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from quant_runtime.kernels import attention_blocks
+from quant_runtime.kernels._cpu import product_name
 from quant_runtime.kernels._triton import TensorDescriptor, jit, tl, triton
+from quant_runtime.kernels._versions import Op
 
 BLOCKS_Q = (64, 128)
 BLOCKS_K = (32, 64, 128)
@@ -235,6 +237,50 @@ def by_tokens(x: Tensor, tokens: Tensor | None) -> Tensor:
 def unpacked_residual(residual: Tensor, scale: Tensor | None) -> Tensor:
     """float32, in the same place: what both stand for."""
     return residual.float() if scale is None else residual * scale[..., None]
+
+
+def in_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    values = unpacked_values(v, v_scale, keys)
+    rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+    out = by_tokens(attention_blocks.in_parts(q, k[:, :, :keys], values, *rest), tokens)
+    return (out if residual is None else out + unpacked_residual(residual, residual_scale)).to(out_dtype)
+
+
+def refresh_in_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _both(attention_blocks.in_parts, q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k,
+                 out_dtype, softmax_scale, tokens)  # fmt: skip
 
 
 def on_cpu(
@@ -593,11 +639,12 @@ def _fake_refresh(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return _fake(q, *args), _fake(q, *args)
 
 
-_op = library.custom_op("quant_runtime::attention_fp8", reference, mutates_args=())
-_op.register_kernel("cpu", on_cpu)
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
-_refresh_op = library.custom_op("quant_runtime::attention_fp8_refresh", refresh_reference, mutates_args=())
-_refresh_op.register_kernel("cpu", refresh_on_cpu)
-_refresh_op.register_kernel("cuda", refresh_launch)
-_refresh_op.register_fake(_fake_refresh)
+_op = Op("attention_fp8", reference, _fake, cpu={product_name: on_cpu}, cuda={"Triton": launch}, plain=in_parts)
+_refresh_op = Op(
+    "attention_fp8_refresh",
+    refresh_reference,
+    _fake_refresh,
+    cpu={product_name: refresh_on_cpu},
+    cuda={"Triton": refresh_launch},
+    plain=refresh_in_parts,
+)

@@ -17,10 +17,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.nn.functional import pad
 
 from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._versions import Op
 
 
 def pool(x: Tensor, block: int) -> Tensor:
@@ -173,11 +174,10 @@ def _fake_choose(
 
 
 # The reference is the fast version for a CPU as well: what it does is small beside reading q and k.
-_pool_op = library.custom_op("quant_runtime::pool_blocks", pool_reference, mutates_args=())
-_pool_op.register_kernel("cuda", launch_pool)
-_pool_op.register_fake(
-    lambda x, block: x.new_empty(*x.shape[:2], -(-x.shape[2] // block), x.shape[3], dtype=torch.float32)
+_pool_op = Op(
+    "pool_blocks",
+    pool_reference,
+    lambda x, block: x.new_empty(*x.shape[:2], -(-x.shape[2] // block), x.shape[3], dtype=torch.float32),
+    cuda={"Triton": launch_pool},
 )
-_choose_op = library.custom_op("quant_runtime::choose_blocks", choose_reference, mutates_args=())
-_choose_op.register_kernel("cuda", launch_choose)
-_choose_op.register_fake(_fake_choose)
+_choose_op = Op("choose_blocks", choose_reference, _fake_choose, cuda={"Triton": launch_choose})

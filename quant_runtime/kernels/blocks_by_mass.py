@@ -21,10 +21,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.nn.functional import pad
 
 from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._versions import Op
 
 NOTHING = 1e-30  # the square of a token's length below which it has no direction
 
@@ -247,6 +248,4 @@ def _fake(q_means: Tensor, k_means: Tensor, *_: object) -> tuple[Tensor, Tensor]
 
 
 # The reference is the fast version for a CPU as well: what it does is small beside the attention.
-_op = library.custom_op("quant_runtime::blocks_by_mass", reference, mutates_args=())
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
+_op = Op("blocks_by_mass", reference, _fake, cuda={"Triton": launch})

@@ -10,11 +10,12 @@ All in float32.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.nn import functional as F
 
 from quant_runtime.kernels import quantize_rows as rounding
 from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._versions import Op, in_rows
 from quant_runtime.kernels.norm_quantize import store_rounded
 from quant_runtime.kernels.quantize_rows import TINY
 
@@ -110,6 +111,4 @@ def _fake(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None, ex
 
 
 # The reference serves a CPU as well: beside a matmul this pass is little there.
-_op = library.custom_op("quant_runtime::gelu_quantize", reference, mutates_args=())
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
+_op = Op("gelu_quantize", reference, _fake, cuda={"Triton": launch}, plain=in_rows(reference, 1))

@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from quant_runtime.kernels._cpu import row_chunks, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._versions import Op, in_rows
 
 TILE = (
     128  # the largest matrix that one pass multiplies by, in 16 bits; more passes do more, as H of ab = H of a ⊗ H of b
@@ -140,7 +141,4 @@ def _fake(x: Tensor, signs: Tensor, block: int) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-_op = library.custom_op("quant_runtime::hadamard", reference, mutates_args=())
-_op.register_kernel("cpu", on_cpu)
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
+_op = Op("hadamard", reference, _fake, cpu={"CPU": on_cpu}, cuda={"Triton": launch}, plain=in_rows(reference))

@@ -9,11 +9,12 @@ Rotate first, then scale: the order of QuantVGGT (the post-local smoothing lies 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from quant_runtime.kernels import hadamard, quantize_rows
 from quant_runtime.kernels._cpu import row_chunks
 from quant_runtime.kernels._triton import jit, processors, shared_kib, tl, triton
+from quant_runtime.kernels._versions import Op, in_rows
 
 LARGEST_INNER = 128  # what one matrix product turns; a second one turns as many of these, at most
 TILE_KIB = 160  # of shared memory, for a tile so large
@@ -138,7 +139,4 @@ def _fake(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-_op = library.custom_op("quant_runtime::hadamard_quantize", reference, mutates_args=())
-_op.register_kernel("cpu", on_cpu)
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
+_op = Op("hadamard_quantize", reference, _fake, cpu={"CPU": on_cpu}, cuda={"Triton": launch}, plain=in_rows(reference))

@@ -11,11 +11,12 @@ takes, so the kernel unpacks what it has read.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from quant_runtime.kernels import linear_w8a8, unpack
-from quant_runtime.kernels._cpu import scratch
+from quant_runtime.kernels._cpu import product_name, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._versions import Op
 
 
 def linear_w4a8(
@@ -43,6 +44,13 @@ def reference(
 ) -> Tensor:
     w = unpack.reference(packed, x.shape[1], 4)
     return linear_w8a8.reference(x, w, x_scale, w_scale, bias, out_dtype)
+
+
+def in_parts(
+    x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    w = unpack.reference(packed, x.shape[1], 4)
+    return linear_w8a8.in_parts(x, w, x_scale, w_scale, bias, out_dtype)
 
 
 def on_cpu(
@@ -135,20 +143,22 @@ def _fake(
     return x.new_empty(x.shape[0], packed.shape[0], dtype=out_dtype)
 
 
-def _into_anywhere(
+def _reference_into(
     x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
-    version = on_cpu if out.device.type == "cpu" else reference
-    out.copy_(version(x, packed, x_scale, w_scale, bias, out.dtype))
+    out.copy_(reference(x, packed, x_scale, w_scale, bias, out.dtype))
 
 
 def _launch_into(x: Tensor, packed: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
     launch(x, packed, x_scale, w_scale, bias, out.dtype, out)
 
 
-_op = library.custom_op("quant_runtime::linear_w4a8", reference, mutates_args=())
-_op.register_kernel("cpu", on_cpu)
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
-_into = library.custom_op("quant_runtime::linear_w4a8_into", _into_anywhere, mutates_args=("out",))
-_into.register_kernel("cuda", _launch_into)
+_op = Op("linear_w4a8", reference, _fake, cpu={product_name: on_cpu}, cuda={"Triton": launch}, plain=in_parts)
+_into = Op(
+    "linear_w4a8_into",
+    _reference_into,
+    cpu={product_name: linear_w8a8.writing(on_cpu)},
+    cuda={"Triton": _launch_into},
+    plain=linear_w8a8.writing(in_parts),
+    mutates=("out",),
+)

@@ -9,11 +9,14 @@ several layers fill together. The sums are int32: K is at most 131,072, whatever
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, library
+from collections.abc import Callable
 
-from quant_runtime.kernels._cpu import operand, products, row_chunks, scratch
+import torch
+from torch import Tensor
+
+from quant_runtime.kernels._cpu import EXACT_INPUTS, operand, product_name, products, row_chunks, scratch
 from quant_runtime.kernels._triton import TensorDescriptor, jit, processors, shared_kib, tl, triton
+from quant_runtime.kernels._versions import PART_ELEMENTS, Op
 
 LARGEST_K = 131_072  # 2**17 products of at most 2**14 fill an int32
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,6 +76,23 @@ def reference(
     sums = x.double() @ w.double().T  # float64 holds every int8 dot product exactly
     out = sums * x_scale[:, None] * w_scale
     return (out if bias is None else out + bias).to(out_dtype)
+
+
+def in_parts(
+    x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Plain torch: float32 products over few enough inputs to count exactly, some rows at a time."""
+    y = torch.empty(x.shape[0], w.shape[0], dtype=out_dtype, device=x.device)
+    step = max(1, PART_ELEMENTS // max(w.shape))
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, start + step)
+        sums = torch.zeros(y[rows].shape, dtype=torch.int32, device=x.device)
+        for k in range(0, x.shape[1], EXACT_INPUTS):
+            some = slice(k, k + EXACT_INPUTS)
+            sums += (x[rows, some].float() @ w[:, some].float().T).to(torch.int32)
+        real = sums * w_scale * x_scale[rows, None]
+        y[rows] = (real if bias is None else real + bias).to(out_dtype)
+    return y
 
 
 def on_cpu(
@@ -224,19 +244,32 @@ def _fake(
     return x.new_empty(x.shape[0], w.shape[0], dtype=out_dtype)
 
 
-def _into_anywhere(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    version = on_cpu if out.device.type == "cpu" else reference
-    out.copy_(version(x, w, x_scale, w_scale, bias, out.dtype))
+def writing(version: Callable[..., Tensor]) -> Callable[..., None]:
+    """The version that writes its answer into its last argument, in that one's dtype."""
+
+    def write(*args: object) -> None:
+        *operands, out = args
+        assert isinstance(out, Tensor)
+        out.copy_(version(*operands, out.dtype))
+
+    return write
+
+
+def _reference_into(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    out.copy_(reference(x, w, x_scale, w_scale, bias, out.dtype))
 
 
 def _launch_into(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
     launch(x, w, x_scale, w_scale, bias, out.dtype, out)
 
 
-# PyTorch's dispatcher is the registry: the reference everywhere, the CPU's exact products there, Triton on CUDA.
-_op = library.custom_op("quant_runtime::linear_w8a8", reference, mutates_args=())
-_op.register_kernel("cpu", on_cpu)
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
-_into = library.custom_op("quant_runtime::linear_w8a8_into", _into_anywhere, mutates_args=("out",))
-_into.register_kernel("cuda", _launch_into)
+# _versions.py has the table: the CPU's exact products there, Triton on CUDA, and behind either what is plain torch.
+_op = Op("linear_w8a8", reference, _fake, cpu={product_name: on_cpu}, cuda={"Triton": launch}, plain=in_parts)
+_into = Op(
+    "linear_w8a8_into",
+    _reference_into,
+    cpu={product_name: writing(on_cpu)},
+    cuda={"Triton": _launch_into},
+    plain=writing(in_parts),
+    mutates=("out",),
+)

@@ -12,11 +12,12 @@ norm_modulate answers h in x's dtype instead, for layers that rotate their input
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.nn import functional as F
 
 from quant_runtime.kernels import quantize_rows as rounding
 from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._versions import Op
 from quant_runtime.kernels.quantize_rows import TINY, whole
 
 LARGEST_K = 16_384  # a row is held in registers
@@ -278,9 +279,5 @@ def _fake_plain(
 
 
 # The references serve a CPU as well: beside a matmul these passes are little there.
-_op = library.custom_op("quant_runtime::norm_quantize", reference, mutates_args=())
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
-_plain = library.custom_op("quant_runtime::norm_modulate", plain_reference, mutates_args=())
-_plain.register_kernel("cuda", launch_plain)
-_plain.register_fake(_fake_plain)
+_op = Op("norm_quantize", reference, _fake, cuda={"Triton": launch})
+_plain = Op("norm_modulate", plain_reference, _fake_plain, cuda={"Triton": launch_plain})

@@ -28,10 +28,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.nn.functional import layer_norm, pad
 
 from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._versions import Op
 from quant_runtime.kernels.attention_fp8 import FP8_TOP, slots
 from quant_runtime.kernels.blocks_by_mass import NOTHING, likeness
 from quant_runtime.kernels.quantize_rows import TINY, step, whole
@@ -581,6 +582,4 @@ def _fake(
 
 
 # The reference serves a CPU as well: there the attention itself takes the time.
-_op = library.custom_op("quant_runtime::pack_heads", reference, mutates_args=())
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
+_op = Op("pack_heads", reference, _fake, cuda={"Triton": launch})

@@ -12,11 +12,12 @@ is not finite.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.nn.functional import pad
 
 from quant_runtime.kernels._cpu import scratch
 from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._versions import Op
 from quant_runtime.kernels.quantize_rows import TINY, step, whole
 
 TOP = 127
@@ -142,7 +143,4 @@ def _fake(x: Tensor, center: Tensor | None, share: int) -> tuple[Tensor, Tensor]
     return torch.empty(x.shape, dtype=torch.int8, device=x.device), scale
 
 
-_op = library.custom_op("quant_runtime::quantize_heads", reference, mutates_args=())
-_op.register_kernel("cpu", on_cpu)
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
+_op = Op("quantize_heads", reference, _fake, cpu={"CPU": on_cpu}, cuda={"Triton": launch})

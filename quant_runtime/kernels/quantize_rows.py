@@ -12,10 +12,11 @@ zero. A row that holds a NaN or an infinity gets a scale that is not finite, so 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from quant_runtime.kernels._cpu import row_chunks, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._versions import Op, in_rows
 
 TINY = 1e-30  # the least row maximum: 1 / (TINY / 127) is still a float32
 
@@ -115,7 +116,4 @@ def _fake(x: Tensor, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-_op = library.custom_op("quant_runtime::quantize_rows", reference, mutates_args=())
-_op.register_kernel("cpu", on_cpu)
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
+_op = Op("quantize_rows", reference, _fake, cpu={"CPU": on_cpu}, cuda={"Triton": launch}, plain=in_rows(reference))

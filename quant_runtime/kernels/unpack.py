@@ -16,10 +16,11 @@ a CPU shifts eight bytes at a time however long the row is. 2 bits take 8 · cei
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from quant_runtime.kernels._cpu import row_chunks, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
+from quant_runtime.kernels._versions import Op
 
 WIDTHS = (2, 3, 4, 5, 6, 7)
 
@@ -152,7 +153,4 @@ def _fake(packed: Tensor, inputs: int, bits: int) -> Tensor:
     return packed.new_empty(packed.shape[0], inputs, dtype=torch.int8)
 
 
-_op = library.custom_op("quant_runtime::unpack", reference, mutates_args=())
-_op.register_kernel("cpu", on_cpu)
-_op.register_kernel("cuda", launch)
-_op.register_fake(_fake)
+_op = Op("unpack", reference, _fake, cpu={"CPU": on_cpu}, cuda={"Triton": launch})

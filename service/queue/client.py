@@ -13,6 +13,7 @@ Keys, all under the prefix with its hash tag (`{lowbit}` by default), so that th
     idem:KEY       hash    an idempotency key's first job         pace:ARTIFACT    mean ms of its last jobs
     workers        zset    the living, by end of beat             abilities  hash  worker -> artifacts it can run
     artifacts      hash    name -> description                    seen       zset  the same, by last beat
+    tested         hash    worker -> its self-test of each artifact
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +34,19 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from service.jobs import ArtifactInfo, Job, JobStatus, Kind, Problem, Progress, Result, SceneTask, Task, VideoTask
+from service.jobs import (
+    ArtifactInfo,
+    Job,
+    JobStatus,
+    Kind,
+    Problem,
+    Progress,
+    Result,
+    SceneTask,
+    SelfTest,
+    Task,
+    VideoTask,
+)
 from service.settings import Settings
 
 CONNECT_SECONDS = 1.0
@@ -58,6 +71,7 @@ _AWAY = (
 )
 _AWAY_PREFIXES = ("MISCONF", "NOREPLICAS", "BUSY", "UNKILLABLE")
 _RESULTS = TypeAdapter(tuple[Result, ...])
+_TESTED = TypeAdapter(dict[str, SelfTest])
 _TASKS: dict[str, type[VideoTask] | type[SceneTask]] = {"video": VideoTask, "scene": SceneTask}
 
 Renewal = Literal["ok", "cancel", "lost"]
@@ -291,9 +305,13 @@ class Queue:
     async def cancel_asked(self, job_id: str) -> bool:
         return bool(await self._answer(self.redis.hget(self.key("job", job_id), "cancel")) == "1")
 
-    async def finish(self, lease: Lease, results: Sequence[Result]) -> Finish:
-        """Commit. Exactly one attempt of a job is ever answered 'ok', and none once a caller has cancelled it."""
-        return cast(Finish, await self._call("finish", *lease.names, _RESULTS.dump_json(tuple(results)).decode()))
+    async def finish(self, lease: Lease, results: Sequence[Result], kernels: Mapping[str, str] | None = None) -> Finish:
+        """Commit. Exactly one attempt of a job is ever answered 'ok', and none once a caller has cancelled it.
+
+        `kernels` say what it ran by.
+        """
+        files = _RESULTS.dump_json(tuple(results)).decode()
+        return cast(Finish, await self._call("finish", *lease.names, files, json.dumps(dict(kernels or {}))))
 
     async def fail(self, lease: Lease, problem: Problem, retry: bool) -> Failure:
         """With `retry` it comes back after a back-off that doubles, until it has been tried as often as allowed."""
@@ -305,23 +323,31 @@ class Queue:
         """Give it back to its old place, with no mark against it; ends it where a caller has cancelled it."""
         return cast(Finish, await self._call("release", *lease.names))
 
-    async def beat(self, worker: str, artifacts: Iterable[ArtifactInfo]) -> None:
-        """This worker lives, for another three beats, and can run these."""
-        s = self.settings
+    async def beat(
+        self, worker: str, artifacts: Iterable[ArtifactInfo], tested: Mapping[str, SelfTest] | None = None
+    ) -> None:
+        """This worker lives, for another three beats, and can run these, but those that its self-test has refused."""
+        s, tested = self.settings, dict(tested or {})
         infos = {info.name: info.model_dump_json() for info in artifacts}
         pairs = [text for pair in infos.items() for text in pair]
+        able = sorted(name for name in infos if name not in tested or tested[name].verdict != "refused")
         ttl, keep = _ms(3 * s.beat_seconds), _ms(s.job_ttl_seconds)
-        await self._call("beat", worker, ttl, json.dumps(sorted(infos)), keep, *pairs)
+        found = _TESTED.dump_json(tested).decode()
+        await self._call("beat", worker, ttl, json.dumps(able), keep, found, *pairs)
 
     async def leave(self, worker: str) -> None:
         await self._call("leave", worker)
 
     async def artifacts(self) -> list[ArtifactInfo]:
-        """What workers have published, by name, each with the number of workers that live and can run it."""
-        texts, abilities = await self._call("artifacts")
+        """What workers have published, by name, with how many live and can run it, and what their self-tests found."""
+        texts, abilities, flat = await self._call("artifacts")
         names = [name for text in abilities for name in json.loads(text)]
-        infos = [ArtifactInfo.model_validate_json(text) for text in texts]
-        return sorted((i.model_copy(update={"workers": names.count(i.name)}) for i in infos), key=lambda i: i.name)
+        tests = {worker: _TESTED.validate_json(text) for worker, text in zip(flat[0::2], flat[1::2], strict=True)}
+        infos = []
+        for info in map(ArtifactInfo.model_validate_json, texts):
+            tested = {worker: test[info.name] for worker, test in tests.items() if info.name in test}
+            infos.append(info.model_copy(update={"workers": names.count(info.name), "tested": tested}))
+        return sorted(infos, key=lambda info: info.name)
 
     # Ending
 
@@ -416,6 +442,7 @@ def _job(view: list[Any]) -> Job:
         finished_at=_time(h.get("finished")),
         attempt=int(h["attempt"]),
         progress=Progress(step=int(h["step"]), of=int(h["of"])) if "of" in h else None,
+        kernels=json.loads(h["kernels"]) if "kernels" in h else {},
         position=rank if rank >= 0 else None,
         results=_RESULTS.validate_json(h["results"]) if "results" in h else (),
         error=Problem.model_validate_json(h["error"]) if "error" in h else None,

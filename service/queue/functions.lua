@@ -293,7 +293,7 @@ end
 -- id attempt worker results -> 'ok' | 'cancelled' | 'lost'
 local function finish(keys, args)
   local p, now = keys[1], now_ms()
-  local id, attempt, worker, results = unpack(args, 1, 4)
+  local id, attempt, worker, results, kernels = unpack(args, 1, 5)
   local job = job_of(p, id)
   if not owned(job, attempt, worker) then return refusal(job, attempt, worker) end
   if job.cancel == '1' then -- a caller was promised that this job ends cancelled
@@ -305,6 +305,7 @@ local function finish(keys, args)
   local mean = before == 0 and took or 0.8 * before + 0.2 * took
   redis.call('SET', key(p, 'pace', job.artifact), text(mean), 'PX', LONGEST_JOB_MS)
   set(p, job, 'results', results)
+  set(p, job, 'kernels', kernels)
   if job.of then set(p, job, 'step', job.of) end
   end_job(p, job, 'succeeded', now)
   return close(p, job, 'ok')
@@ -401,19 +402,21 @@ local function stats(keys)
   return reply
 end
 
--- worker ttl names_json keep (name info_json)...     A living worker, and what it can run.
+-- worker ttl names_json keep tested_json (name info_json)...     A living worker, what it can run, and what it tested.
 local function beat(keys, args)
   local p, now = keys[1], now_ms()
-  local worker, ttl, names, keep = unpack(args, 1, 4)
+  local worker, ttl, names, keep, tested = unpack(args, 1, 5)
   redis.call('ZADD', key(p, 'workers'), text(now + tonumber(ttl)), worker)
   redis.call('HSET', key(p, 'abilities'), worker, names)
-  for i = 5, #args, 2 do
+  redis.call('HSET', key(p, 'tested'), worker, tested)
+  for i = 6, #args, 2 do
     redis.call('HSET', key(p, 'artifacts'), args[i], args[i + 1])
     redis.call('ZADD', key(p, 'seen'), text(now), args[i])
   end
   for _, dead in ipairs(redis.call('ZRANGE', key(p, 'workers'), '-inf', '(' .. text(now), 'BYSCORE')) do
     redis.call('ZREM', key(p, 'workers'), dead)
     redis.call('HDEL', key(p, 'abilities'), dead)
+    redis.call('HDEL', key(p, 'tested'), dead)
   end
   for _, old in ipairs(redis.call('ZRANGE', key(p, 'seen'), '-inf', text(now - tonumber(keep)), 'BYSCORE')) do
     redis.call('ZREM', key(p, 'seen'), old)
@@ -426,17 +429,20 @@ end
 local function leave(keys, args)
   redis.call('ZREM', key(keys[1], 'workers'), args[1])
   redis.call('HDEL', key(keys[1], 'abilities'), args[1])
+  redis.call('HDEL', key(keys[1], 'tested'), args[1])
   return 'ok'
 end
 
--- -> {{info_json...}, {names_json of each living worker...}}
+-- -> {{info_json...}, {names_json of each living worker...}, {worker, tested_json of each...}}
 local function artifacts(keys)
   local p, now = keys[1], now_ms()
-  local abilities = {}
+  local abilities, tested = {}, {}
   for _, worker in ipairs(redis.call('ZRANGE', key(p, 'workers'), text(now), '+inf', 'BYSCORE')) do
     abilities[#abilities + 1] = redis.call('HGET', key(p, 'abilities'), worker) or '[]'
+    tested[#tested + 1] = worker
+    tested[#tested + 1] = redis.call('HGET', key(p, 'tested'), worker) or '{}'
   end
-  return { redis.call('HVALS', key(p, 'artifacts')), abilities }
+  return { redis.call('HVALS', key(p, 'artifacts')), abilities, tested }
 end
 
 -- id ttl     Files are about to be stored for a job that does not exist yet: if it never does, they are removed.

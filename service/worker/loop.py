@@ -57,12 +57,13 @@ class Worker:
         """Until `draining` is set and the running job has ended or was given back. Raises UnusableError."""
         metrics.in_state("starting")
         metrics.holds(self.runner.infos.values())
+        await self._test()
         presence = asyncio.create_task(self._be_present())
         log = _log.bind(worker=self.name)
-        log.info("worker_started", artifacts=sorted(self.runner.infos), device=self.settings.device)
+        log.info("worker_started", artifacts=sorted(self.runner.offered), device=self.settings.device)
         try:
             while not self.draining.is_set():
-                metrics.in_state("ready")
+                metrics.in_state("ready" if self.runner.offered else "refused")
                 lease = await self._next()
                 if lease is not None:
                     metrics.in_state("busy")
@@ -76,13 +77,39 @@ class Worker:
                 await self.queue.leave(self.name)
             log.info("worker_stopped")
 
+    async def _test(self) -> None:
+        """The self-test, before anybody hears of this worker; a worker that is told to go does not wait for its end.
+
+        Raises UnusableError where it has no end.
+        """
+        test, told = asyncio.create_task(self.runner.test()), asyncio.create_task(self.draining.wait())
+        patience = self.settings.stall_seconds
+        await asyncio.wait({test, told}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        if not test.done():
+            test.cancel()
+            if self.draining.is_set():
+                return
+            raise UnusableError(f"the self-test has not ended in {patience:g} s: the device hangs")
+        await test
+        metrics.tested(self.runner.tested)
+        for name, found in self.runner.tested.items():
+            log = _log.bind(worker=self.name, artifact=name, device=found.device)
+            times = {"seconds": found.seconds, "compile_seconds": found.compile_seconds, "cache": found.cache}
+            if found.verdict == "passed":
+                log.info("selftest_passed", **times)
+            elif found.verdict == "fallback":
+                log.warning("selftest_fallback", failures=found.failures, versions=found.versions, **times)
+            else:
+                log.error("selftest_refused", failures=found.failures, **times)
+
     async def _be_present(self) -> None:
         """Publishes the artifacts and that this worker lives, again after every outage."""
         beaten = time.monotonic()
         metrics.worker_beat_age_seconds.set_function(lambda: time.monotonic() - beaten)
         while True:
             try:
-                await self.queue.beat(self.name, self.runner.infos.values())
+                await self.queue.beat(self.name, self.runner.infos.values(), self.runner.tested)
                 beaten = time.monotonic()
             except UnavailableError as error:
                 metrics.queue_errors.inc()
@@ -93,7 +120,10 @@ class Worker:
 
     async def _next(self) -> Lease | None:
         """The next job; None where there may be one now, or the worker drains."""
-        names = list(self.runner.infos)
+        names = self.runner.offered
+        if not names:  # it stays, to be seen and to say why
+            await self.draining.wait()
+            return None
         claim = await self._insist(lambda: self.queue.claim(self.name, self.runner.hot, names), patience=0)
         if claim is None:
             return None
@@ -173,7 +203,8 @@ class Worker:
         return stop
 
     async def _done(self, lease: Lease, results: list[Result]) -> None:
-        verdict = await self._insist(lambda: self.queue.finish(lease, results))
+        kernels = self.runner.infos[lease.job.artifact].kernels
+        verdict = await self._insist(lambda: self.queue.finish(lease, results, kernels))
         if verdict == "ok":
             self._count_end(lease, "succeeded")
         elif verdict is not None:
@@ -212,7 +243,7 @@ class Worker:
         if reason is Reason.ARTIFACT:
             self.runner.withdraw(lease.job.artifact)
             metrics.holds(self.runner.infos.values())
-            if not self.runner.infos:
+            if not self.runner.offered:
                 raise UnusableError(f"no artifact is left that this worker can load: {problem.detail}")
 
     async def _abandon(self, lease: Lease, stop: Stop | None) -> NoReturn:

@@ -17,20 +17,22 @@ from service.queue.embedded import server_url
 from service.results import Results
 from service.settings import Settings, StartError
 from service.worker.loop import UnusableError, Worker
-from service.worker.runner import Load, Runner
+from service.worker.machine import keep_kernels
+from service.worker.runner import Load, Runner, Test
 
 EXIT_UNUSABLE = 70  # whoever supervises the worker starts a new one
 
 _log = structlog.get_logger()
 
 
-def work(settings: Settings, load: Load, with_parent: bool = False) -> None:
+def work(settings: Settings, load: Load, test: Test, with_parent: bool = False) -> None:
     """Returns when the worker has drained: after SIGTERM or SIGINT, or, `with_parent`, once standard input ends.
 
     A second signal ends it at once. Raises StartError where there is no artifact to run or the metrics port is taken;
     ends the process with EXIT_UNUSABLE where it can run no other job.
     """
     found = artifacts.needed(settings.artifacts)
+    keep_kernels(settings)
     try:
         server, serving = start_http_server(settings.metrics_port, settings.metrics_host, metrics.REGISTRY)
     except OSError as error:
@@ -41,7 +43,7 @@ def work(settings: Settings, load: Load, with_parent: bool = False) -> None:
     _log.info("metrics_served", url=f"http://{settings.metrics_host}:{server.server_port}/metrics")
     try:
         with server_url(settings) as url:
-            asyncio.run(_work(settings, url, found, load, with_parent))
+            asyncio.run(_work(settings, url, found, load, test, with_parent))
     except UnusableError as error:
         _log.error("worker_unusable", error=str(error))
         sys.stdout.flush()
@@ -53,10 +55,12 @@ def work(settings: Settings, load: Load, with_parent: bool = False) -> None:
         serving.join()
 
 
-async def _work(settings: Settings, url: str, found: tuple[Found, ...], load: Load, with_parent: bool) -> None:
+async def _work(
+    settings: Settings, url: str, found: tuple[Found, ...], load: Load, test: Test, with_parent: bool
+) -> None:
     results = Results(settings.results_location)
     async with Queue.open(url, settings) as queue:
-        worker = Worker(settings, queue, results, Runner(found, load, settings, results))
+        worker = Worker(settings, queue, results, Runner(found, load, test, settings, results))
         loop = asyncio.get_running_loop()
 
         def drain() -> None:

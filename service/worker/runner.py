@@ -36,6 +36,7 @@ from service.jobs import (
     Result,
     SceneLimits,
     SceneTask,
+    SelfTest,
     Upload,
     VideoTask,
     failure,
@@ -44,6 +45,7 @@ from service.jobs import (
 from service.results import MissingError, Results, StorageError, result_path
 from service.settings import Settings
 from service.worker.inputs import decode_image, sample_video
+from service.worker.machine import device_of
 
 LONGEST_DETAIL = 500  # characters of an exception that a caller is shown
 
@@ -55,6 +57,15 @@ class Load(Protocol):
     """models.load.load: an artifact's folder becomes a generator on `device`."""
 
     def __call__(self, path: Path, device: str) -> Generator: ...
+
+
+class Test(Protocol):
+    """machine.test: the kernels that an artifact runs by on `device`, against their references.
+
+    With `fallback` the next version takes the place of one that is wrong, from then on in this process.
+    """
+
+    def __call__(self, path: Path, device: str, fallback: bool) -> SelfTest: ...
 
 
 class StoppedError(Exception):
@@ -92,15 +103,27 @@ class Watch:
 class Runner:
     """The artifacts of this worker, and the one generator of theirs that is loaded. Raises what `explain` explains."""
 
-    def __init__(self, found: Sequence[Found], load: Load, settings: Settings, results: Results) -> None:
+    def __init__(self, found: Sequence[Found], load: Load, test: Test, settings: Settings, results: Results) -> None:
         self._folders = {one.info.name: one.folder for one in found}
         self.infos: dict[str, ArtifactInfo] = {one.info.name: one.info for one in found}
+        self.tested: dict[str, SelfTest] = {}  # by the artifacts' names, once `test` was called
         self.hot = ""  # name of the loaded artifact
         self._generator: Generator | None = None
-        self._load = load
+        self._load, self._test = load, test
         self._settings = settings
         self._results = results
         self._thread = ModelThread()
+
+    @property
+    def offered(self) -> list[str]:
+        """Names of the artifacts that it takes jobs for: all but those whose self-test refused them."""
+        tested = self.tested
+        return [name for name in self.infos if name not in tested or tested[name].verdict != "refused"]
+
+    async def test(self) -> None:
+        """The self-test of every artifact, if the settings want it. An artifact that cannot be tested is refused."""
+        if self._settings.selftest != "off":
+            self.tested = await self._thread.call(self._tests)
 
     async def run(self, job: Job, watch: Watch) -> list[Result]:
         """Fetch the inputs, run the model, store the files under this attempt."""
@@ -129,6 +152,24 @@ class Runner:
     def withdraw(self, name: str) -> None:
         """This worker no longer offers an artifact that it could not load."""
         del self.infos[name]
+        self.tested.pop(name, None)
+
+    def _tests(self) -> dict[str, SelfTest]:
+        """Again where one artifact's test has changed by what version an op runs, which another's had found right."""
+        while True:
+            tested = {name: self._tested(folder) for name, folder in self._folders.items()}
+            versions = {pair for one in tested.values() for pair in one.versions.items()}
+            if len(versions) == len(dict(versions)):
+                return tested
+
+    def _tested(self, folder: Path) -> SelfTest:
+        device, begun = device_of(self._settings), time.monotonic()
+        try:
+            return self._test(folder, device, self._settings.selftest == "fallback")
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"[:LONGEST_DETAIL]
+            seconds = round(time.monotonic() - begun, 3)
+            return SelfTest(verdict="refused", device=device, failures={"artifact": why}, seconds=seconds)
 
     def _unload(self) -> None:
         if self._generator is not None:
@@ -175,7 +216,7 @@ class Runner:
         self._unload()  # before the next one is loaded: both may not fit
         begun = time.monotonic()
         try:
-            generator = self._load(self._folders[name], self._device())
+            generator = self._load(self._folders[name], device_of(self._settings))
         except Exception as error:
             raise ArtifactError(f"{name}: {type(error).__name__}: {error}") from error
         if generator.kind != self.infos[name].kind:
@@ -184,13 +225,6 @@ class Runner:
         self.infos[name] = self.infos[name].model_copy(update={"kernels": dict(kernels)})
         self._generator, self.hot = generator, name
         metrics.artifact_load_seconds.labels(name).set(time.monotonic() - begun)
-
-    def _device(self) -> str:
-        if self._settings.device != "auto":
-            return self._settings.device
-        import torch  # on the model's thread, where loading needs it anyway
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
 
     def _generate(self, inputs: VideoInputs | SceneInputs, folder: Path, watch: Watch) -> Outputs:
         assert self._generator is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prometheus_client import start_http_server
 
+from service import metrics
 from service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +79,24 @@ def test_prometheus_asks_the_services_that_there_are_where_they_answer():
     }
     assert asked == {("api", 8000), ("worker", 9100), ("worker-gpu", 9100)}
     assert "LOWBIT_METRICS_PORT=9100" in (ROOT / "docker/worker.Dockerfile").read_text()
+
+
+@pytest.mark.parametrize(
+    ("age", "state", "healthy"), [(1.0, "ready", True), (1.0, "refused", False), (61.0, "ready", False)]
+)
+def test_a_worker_is_healthy_that_tells_that_it_lives_and_has_something_to_run(age, state, healthy):
+    text = (ROOT / "docker/worker.Dockerfile").read_text().replace("\\\n", "")
+    command = json.loads(re.search(r"^HEALTHCHECK .* CMD (\[.*\])$", text, re.M)[1])
+    metrics.in_state(state)
+    metrics.worker_beat_age_seconds.set_function(lambda: age)
+    server, serving = start_http_server(0, "127.0.0.1", metrics.REGISTRY)
+    try:
+        program = command[2].replace(":9100", f":{server.server_port}")
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    finally:
+        server.shutdown()
+        server.server_close()
+        serving.join()
+        metrics.worker_beat_age_seconds.set_function(float)
+    assert done.stderr == ""
+    assert (done.returncode == 0) == healthy

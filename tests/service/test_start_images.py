@@ -49,7 +49,7 @@ def settings(settings, there):
 async def client(settings, queue, results) -> AsyncIterator[httpx.AsyncClient]:
     """Of the API, with a worker at work beside it."""
     write_artifact(settings.artifacts[0] / "start", film("start", "required"))
-    worker = Worker(settings, queue, results, Runner(find(settings.artifacts), toy.load, settings, results))
+    worker = Worker(settings, queue, results, Runner(find(settings.artifacts), toy.load, toy.test, settings, results))
     async with serving(create_app(settings, queue, results)) as client, at_work(worker):
         yield client
 

@@ -28,6 +28,7 @@ class Ready(BaseModel):
     status: Literal["ready"] = "ready"
     workers: int  # living; a job is accepted without any, and waits
     waiting: int
+    refused: tuple[str, ...]  # artifacts that a living worker takes no jobs for: its self-test found a kernel wrong
 
 
 @router.get("/livez")
@@ -40,7 +41,9 @@ async def alive() -> Alive:
 async def ready(service: TheService) -> Ready:
     """Jobs can be accepted: the queue server answers."""
     stats = await service.queue.stats()
-    return Ready(workers=stats.workers, waiting=stats.waiting)
+    known = await service.catalog.all()
+    refused = [info.name for info in known if any(test.verdict == "refused" for test in info.tested.values())]
+    return Ready(workers=stats.workers, waiting=stats.waiting, refused=tuple(refused))
 
 
 @router.get("/metrics", include_in_schema=False)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
 from service import metrics
 from service.artifacts import find
-from service.jobs import Job, JobStatus
+from service.jobs import Job, JobStatus, SelfTest
 from service.queue.client import Lease, Queue
 from service.queue.embedded import EmbeddedServer
 from service.results import StorageError
@@ -29,8 +31,9 @@ Start = Callable[..., Worker]
 
 @pytest.fixture
 def make(settings, queue, results, artifacts) -> Start:
-    def make(queue: Queue = queue, load=toy.load) -> Worker:
-        return Worker(queue.settings, queue, results, Runner(find(settings.artifacts), load, queue.settings, results))
+    def make(queue: Queue = queue, load=toy.load, test=toy.test) -> Worker:
+        runner = Runner(find(settings.artifacts), load, test, queue.settings, results)
+        return Worker(queue.settings, queue, results, runner)
 
     return make
 
@@ -103,6 +106,76 @@ async def test_the_worker_tells_what_it_holds_and_takes_its_leave(make, queue):
         await reaches(queue, await submit(queue))
         await until(lambda: _kernels(queue))
     assert [(a.name, a.workers) for a in await queue.artifacts()] == [("film", 0), ("room", 0)]
+
+
+def finding(**verdicts: str) -> Callable[[Path, str, bool], SelfTest]:
+    def test(path: Path, device: str, fallback: bool) -> SelfTest:
+        verdict = verdicts.get(path.name, "passed")
+        failures = {} if verdict == "passed" else {"linear_w8a8": "Triton is off by 0.5"}
+        change = {"verdict": verdict, "failures": failures, "versions": {"linear_w8a8": "torch"}}
+        return toy.test(path, device, fallback).model_copy(update=change)
+
+    return test
+
+
+async def test_a_refused_artifact_s_jobs_wait_and_artifacts_say_why(make, queue):
+    async with at_work(worker := make(test=finding(film="refused"))):
+        waiting = await submit(queue)
+        await until(lambda: queue.artifacts())
+        film, room = await queue.artifacts()
+        assert (film.workers, room.workers) == (0, 1)
+        assert film.tested[worker.name].failures == {"linear_w8a8": "Triton is off by 0.5"}
+        assert count(metrics.artifact_selftest, "film", "refused") == 1
+        assert (await queue.get(waiting)).status == "queued"
+        async with at_work(make()):  # on another machine
+            assert (await reaches(queue, waiting)).status == "succeeded"
+            assert [one.workers for one in await queue.artifacts()] == [1, 2]
+    assert [one.tested for one in await queue.artifacts()] == [{}, {}]
+
+
+async def test_a_worker_that_has_nothing_to_run_stays_and_says_so_until_it_is_told_to_go(make, queue):
+    async with at_work(worker := make(test=finding(film="refused", room="refused"))):
+        await until(lambda: count(metrics.worker_state, "refused"))
+        job_id = await submit(queue)
+        await until(lambda: queue.artifacts())
+        assert [list(one.tested) for one in await queue.artifacts()] == [[worker.name]] * 2
+        assert (await queue.get(job_id)).status == "queued"
+    assert count(metrics.worker_state, "draining") == 1
+
+
+async def test_a_worker_is_not_heard_of_before_its_test_has_ended_and_can_be_told_to_go_in_it(make, queue):
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(path: Path, device: str, fallback: bool) -> SelfTest:
+        begun.set()
+        go.wait(10)
+        return toy.test(path, device, fallback)
+
+    async with at_work(make(test=slow)):
+        await until(begun.is_set)
+        assert await queue.artifacts() == []
+    assert not go.is_set()
+    go.set()
+
+
+async def test_a_worker_whose_test_has_no_end_is_given_up(make, queue):
+    queue.settings = queue.settings.model_copy(update={"stall_seconds": 0.2})
+    go = threading.Event()
+    worker = make(test=lambda path, device, fallback: go.wait(10) and toy.test(path, device, fallback))
+    with pytest.raises(UnusableError, match=r"not ended in 0\.2 s"):
+        await worker.run()
+    go.set()
+    assert await queue.artifacts() == []
+
+
+async def test_what_fell_back_is_in_the_metrics_and_in_the_job_s_record(make, queue):
+    async with at_work(make(test=finding(film="fallback"))):
+        job = await reaches(queue, await submit(queue))
+    assert job.kernels == {"int8": "toy"}, "what the generator says it ran by"
+    assert count(metrics.kernel_version, "linear_w8a8", "torch") == 1
+    assert count(metrics.artifact_selftest, "film", "fallback") == 1
+    assert count(metrics.artifact_selftest, "room", "passed") == 1
+    assert count(metrics.selftest_seconds, "film") == 0.25
 
 
 async def _kernels(queue: Queue) -> bool:
@@ -306,7 +379,7 @@ async def test_two_workers_share_the_work_and_do_nothing_twice(make, queue, sett
 async def test_the_worker_and_its_job_outlive_the_queue_server(settings, results, artifacts, tmp_path):
     with EmbeddedServer(tmp_path) as server:
         async with Queue.open(server.url, settings) as queue:
-            runner = Runner(find(settings.artifacts), toy.load, settings, results)
+            runner = Runner(find(settings.artifacts), toy.load, toy.test, settings, results)
             async with at_work(Worker(settings, queue, results, runner)):
                 job_id = await submit(queue, steps=50)
                 await moves(queue, job_id)
@@ -338,7 +411,7 @@ async def test_a_job_that_ends_while_the_server_is_away_is_committed_when_it_is_
         async with Queue.open(
             server.url, settings.model_copy(update={"lease_seconds": 0.6, "beat_seconds": 0.2})
         ) as queue:
-            runner = Runner(find(settings.artifacts), toy.load, settings, results)
+            runner = Runner(find(settings.artifacts), toy.load, toy.test, settings, results)
             async with at_work(Worker(settings, queue, results, runner)):
                 job_id = await submit(queue, steps=10)
                 await moves(queue, job_id)

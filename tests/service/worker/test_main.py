@@ -138,9 +138,11 @@ async def test_a_worker_serves_its_metrics(start, queue):
     assert 'lowbit_artifact_info{artifact="film"' in text
     assert 'lowbit_denoise_step_seconds_count{artifact="film"} 3.0' in text
     assert 'lowbit_stage_duration_seconds_count{artifact="film",stage="run"} 1.0' in text
+    assert 'lowbit_artifact_selftest{artifact="film",verdict="passed"} 1.0' in text
+    assert 'lowbit_kernel_version{op="toy",version="Python"} 1.0' in text
     assert process.end() == 0
 
 
 def test_a_worker_without_an_artifact_says_where_it_looked(settings):
     with pytest.raises(StartError, match=rf"{settings.artifacts[0]}.*LOWBIT_ARTIFACTS"):
-        work(settings, toy.load)
+        work(settings, toy.load, toy.test)

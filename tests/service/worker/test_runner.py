@@ -27,7 +27,11 @@ from tests.service.worker.test_inputs import video
 
 @pytest.fixture
 def make(settings, results, artifacts):
-    return lambda load=toy.load: Runner(find(settings.artifacts), load, settings, results)
+    def make(load=toy.load, test=toy.test, **change):
+        its = settings.model_copy(update=change)
+        return Runner(find(settings.artifacts), load, test, its, results)
+
+    return make
 
 
 async def job_of(queue, kind, task):
@@ -136,6 +140,55 @@ async def test_what_a_job_cached_and_where_is_told(make, queue, monkeypatch):
 
     assert await told() == [4096, 0]
     assert await told() == [0, 1024]
+
+
+async def test_every_artifact_is_tested_on_the_device_that_will_run_it_and_one_that_is_refused_is_not_offered(make):
+    asked = []
+
+    def test(path, device, fallback):
+        asked.append((path.name, device, fallback, threading.current_thread().name))
+        verdict = "refused" if path.name == "film" else "passed"
+        return toy.test(path, device, fallback).model_copy(update={"verdict": verdict})
+
+    tested = make(test=test)
+    assert tested.offered == ["film", "room"]
+    await tested.test()
+    assert asked == [("film", "cpu", False, "model"), ("room", "cpu", False, "model")]
+    assert tested.offered == ["room"]
+    assert {name: one.verdict for name, one in tested.tested.items()} == {"film": "refused", "room": "passed"}
+
+
+async def test_the_settings_say_whether_it_is_tested_and_whether_another_version_may_take_a_place(make):
+    asked = []
+    test = lambda path, device, fallback: asked.append(fallback) or toy.test(path, device, fallback)  # noqa: E731
+    await (off := make(test=test, selftest="off")).test()
+    assert (asked, off.tested, off.offered) == ([], {}, ["film", "room"])
+    await make(test=test, selftest="fallback").test()
+    assert asked == [True, True]
+
+
+async def test_where_a_test_changes_what_another_artifact_runs_by_that_is_tested_again(make):
+    fell = []
+
+    def test(path, device, fallback):
+        if path.name == "room":
+            fell.append(path)
+        return toy.test(path, device, fallback).model_copy(update={"versions": {"op": "torch" if fell else "Triton"}})
+
+    tested = make(test=test, selftest="fallback")
+    await tested.test()
+    assert {name: one.versions["op"] for name, one in tested.tested.items()} == {"film": "torch", "room": "torch"}
+    assert len(fell) == 2
+
+
+async def test_an_artifact_whose_test_raises_is_refused_with_the_reason(make):
+    def test(path, device, fallback):
+        raise ValueError("manifest.json: layers.x: Field required")
+
+    tested = make(test=test)
+    await tested.test()
+    assert tested.offered == []
+    assert tested.tested["film"].failures == {"artifact": "ValueError: manifest.json: layers.x: Field required"}
 
 
 async def test_the_model_s_folder_goes_with_the_run(make, queue, monkeypatch, tmp_path):

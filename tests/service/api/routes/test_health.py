@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.jobs import SelfTest
 from tests.service.queue.test_client import claim, submit
+from tests.service.support import film, room
 
 
 async def samples(client) -> dict[tuple, float]:
@@ -14,7 +16,13 @@ async def samples(client) -> dict[tuple, float]:
 async def test_alive_and_ready(client, queue):
     await submit(queue)
     assert (await client.get("/livez")).json() == {"status": "alive"}
-    assert (await client.get("/readyz")).json() == {"status": "ready", "workers": 0, "waiting": 1}
+    assert (await client.get("/readyz")).json() == {"status": "ready", "workers": 0, "waiting": 1, "refused": []}
+
+
+async def test_ready_names_the_artifacts_that_a_worker_refuses(client, queue):
+    tested = {name: SelfTest(verdict=name, device="cpu", seconds=1) for name in ("passed", "refused")}
+    await queue.beat("w1", [film(), room()], {"film": tested["refused"], "room": tested["passed"]})
+    assert (await client.get("/readyz")).json()["refused"] == ["film"]
 
 
 async def test_metrics_tell_the_queue_as_it_is_now(client, queue):

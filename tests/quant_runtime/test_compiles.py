@@ -1,0 +1,45 @@
+"""What Triton compiles is heard of: new in one process, read from the disk in the next. No GPU is needed to compile."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from quant_runtime.compiles import recorded
+from quant_runtime.kernels import quantize_rows
+from quant_runtime.kernels._triton import triton
+from tests.quant_runtime.kernels.test_compile import record_kernels
+
+
+def compiled(cache):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.quant_runtime.test_compiles"]
+    done = subprocess.run(
+        command, env=environment | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_a_kernel_is_compiled_once_and_then_lies_in_the_cache_on_the_disk(tmp_path):
+    ((name, cached, new_seconds),) = compiled(tmp_path / "cache")
+    assert (name, cached) == ("_kernel", False)
+    ((name, cached, seconds),) = compiled(tmp_path / "cache")
+    assert (name, cached) == ("_kernel", True)
+    assert 0 <= seconds < new_seconds
+
+
+def main() -> None:
+    record_kernels(quantize_rows)
+    with recorded() as seen:
+        quantize_rows.launch(torch.zeros(3, 64), 8, None)
+    record = [(one.kernel, one.cached, one.seconds) for one in seen]
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
