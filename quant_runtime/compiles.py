@@ -1,4 +1,4 @@
-"""What Triton compiles, as it does: how long it took, or that it lay in the cache on the disk.
+"""What is compiled for a GPU, as it is: how long it took, or that it lay in the cache on the disk.
 
 A kernel is compiled once for each set of dtypes, alignments and constants; the same set again costs nothing in this
 process, and the reading of a file in the next.
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from quant_runtime.kernels import _cuda
 from quant_runtime.kernels._triton import triton
 
 
@@ -31,6 +32,8 @@ def watch(tell: Callable[[Compile], None]) -> Callable[[], None]:
     """
     if triton is not None:
         triton.knobs.compilation.listener = _listen
+    if _hear not in _cuda.listeners:
+        _cuda.listeners.append(_hear)
     _told.append(tell)
     return lambda: _told.remove(tell)
 
@@ -47,6 +50,9 @@ def recorded() -> Iterator[list[Compile]]:
 
 
 def _listen(*, metadata: dict[str, Any], times: Any, cache_hit: bool, **_: object) -> None:
-    one = Compile(str(metadata.get("name", "")), times.total / 1e6, cache_hit)
+    _hear(str(metadata.get("name", "")), times.total / 1e6, cache_hit)
+
+
+def _hear(kernel: str, seconds: float, cached: bool) -> None:
     for tell in tuple(_told):
-        tell(one)
+        tell(Compile(kernel, seconds, cached))

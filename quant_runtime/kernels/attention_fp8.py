@@ -20,9 +20,11 @@ pack_heads makes the operands. scores = softmax_scale * q @ k.T, exact sums time
 keys in float32; P in e4m3, as 256 times itself; sums over a block of keys in the matrix unit, over blocks in float32. D
 is a multiple of 32 up to 128, block_q is 64 or 128, block_k is 32, 64 or 128.
 
-What makes it fast on Hopper: keys and values come through the copy engine; V lies transposed, since FP8 wants its
-second operand so; its keys lie in the order in which the first product leaves its columns in registers, so that P is
-used where it is; and sums start at the bits of 1.5 * 2**23, so that they are floats without being converted.
+On a Hopper, heads of 128 in blocks of 128 run by attention_fp8_sm90, which is written by hand; all else, and
+attention_fp8_refresh, by Triton. What makes that fast there: keys and values come through the copy engine; V lies
+transposed, since FP8 wants its second operand so; its keys lie in the order in which the first product leaves its
+columns in registers, so that P is used where it is; and sums start at the bits of 1.5 * 2**23, so that they are floats
+without being converted.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quant_runtime.kernels import attention_blocks
+from quant_runtime.kernels import attention_blocks, attention_fp8_sm90
 from quant_runtime.kernels._cpu import product_name
 from quant_runtime.kernels._triton import TensorDescriptor, jit, tl, triton
 from quant_runtime.kernels._versions import Op
@@ -533,6 +535,36 @@ def launch(
     return out
 
 
+def launch_fastest(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """By hand where there is a version for this card and these shapes, else by Triton."""
+    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys)
+    rest = (out_dtype, softmax_scale, residual, residual_scale, tokens)
+    if attention_fp8_sm90.takes(q, block_q, block_k):
+        return attention_fp8_sm90.launch(*operands, *rest)
+    return launch(*operands, block_q, block_k, *rest)
+
+
+def fastest_name() -> str:
+    return "CUDA for sm_90a" if attention_fp8_sm90.has_card() else "Triton"
+
+
 def refresh_launch(
     q: Tensor,
     k: Tensor,
@@ -639,7 +671,14 @@ def _fake_refresh(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return _fake(q, *args), _fake(q, *args)
 
 
-_op = Op("attention_fp8", reference, _fake, cpu={product_name: on_cpu}, cuda={"Triton": launch}, plain=in_parts)
+_op = Op(
+    "attention_fp8",
+    reference,
+    _fake,
+    cpu={product_name: on_cpu},
+    cuda={fastest_name: launch_fastest, "Triton": launch},
+    plain=in_parts,
+)
 _refresh_op = Op(
     "attention_fp8_refresh",
     refresh_reference,

@@ -1,0 +1,142 @@
+"""Kernels in CUDA C++ for one generation of cards: compiled when first asked for, kept on the disk.
+
+They run on torch's stream. `driver is None` where CUDA's own bindings for Python are not installed, which torch for
+CUDA brings: there is Triton then. A source is a file beside this one; what it is compiled for are `#define`s, and every
+set of them is another kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_runtime.kernels._triton import triton
+
+driver: Any = None
+nvrtc: Any = None
+if importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None:
+    driver = importlib.import_module("cuda.bindings.driver")
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+
+Defines = tuple[tuple[str, int], ...]
+Told = Callable[[str, float, bool], None]
+
+listeners: list[Told] = []  # each hears of every kernel that is made ready: its name, in how many seconds, if from disk
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels for sm_90a run there: that code runs on no other generation, older or newer."""
+    return driver is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+class Kernel:
+    """One entry of a source, with `shared` bytes of shared memory, on the device that is current when it is made."""
+
+    def __init__(self, file: str, entry: str, shared: int, defines: Defines = ()) -> None:
+        start = time.perf_counter()
+        code, cached = _compiled(Path(__file__).with_name(file), defines)
+        torch.cuda.current_stream()  # torch has made its context, and it is the current one
+        self._module = _checked(driver.cuModuleLoadData(code))
+        self._entry = _checked(driver.cuModuleGetFunction(self._module, entry.encode()))
+        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(self._entry, most, shared))
+        self._shared = shared
+        for tell in tuple(listeners):
+            tell(entry, time.perf_counter() - start, cached)
+
+    def __call__(self, programs: int, threads: int, *args: object) -> None:
+        """Tensors and None go as addresses, ints as 32 bits, those in a list as 64, floats as float32, maps as they are."""
+        values: list[object] = []
+        kinds: list[object] = []
+        for arg in args:
+            if isinstance(arg, list):
+                values += arg
+                kinds += [ctypes.c_longlong] * len(arg)
+                continue
+            address = arg is None or isinstance(arg, Tensor)
+            values.append(arg.data_ptr() if isinstance(arg, Tensor) else 0 if arg is None else arg)
+            kinds.append(
+                ctypes.c_void_p if address
+                else ctypes.c_float if isinstance(arg, float)
+                else ctypes.c_int if isinstance(arg, int)
+                else None
+            )  # fmt: skip
+        stream = torch.cuda.current_stream().cuda_stream
+        given = (tuple(values), tuple(kinds))
+        _checked(driver.cuLaunchKernel(self._entry, programs, 1, 1, threads, 1, 1, self._shared, stream, given, 0))
+
+
+def tiles(x: Tensor, rows: int, columns: int) -> Any:
+    """How the copy engine takes tiles [rows, columns] of x [R, C], one byte an element, into rows of 128 bytes.
+
+    In each eight rows, 16-byte pieces lie swizzled as the matrix units read them; beyond x there are zeros.
+    """
+    if x.dim() != 2 or x.element_size() != 1 or x.stride(1) != 1 or x.stride(0) % 16 or columns != 128:
+        raise ValueError(
+            f"tiles takes bytes [R, C], rows at multiples of 16; got {x.dtype} {list(x.shape)} {x.stride()}"
+        )
+    d, u32, u64 = driver, driver.cuuint32_t, driver.cuuint64_t
+    return _checked(
+        d.cuTensorMapEncodeTiled(
+            d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            2,
+            x.data_ptr(),
+            [u64(x.shape[1]), u64(x.shape[0])],
+            [u64(x.stride(0))],
+            [u32(columns), u32(rows)],
+            [u32(1), u32(1)],
+            d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
+def _compiled(source: Path, defines: Defines) -> tuple[bytes, bool]:
+    """Machine code for sm_90a, and whether it lay on the disk, where Triton keeps its own."""
+    text = source.read_bytes()
+    options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{name}={value}".encode() for name, value in defines)]
+    version = _checked(nvrtc.nvrtcVersion())
+    name = hashlib.sha256(repr((version, options)).encode() + text).hexdigest()
+    kept = Path(triton.knobs.cache.dir) / f"{source.stem}-{name[:32]}.cubin" if triton is not None else None
+    if kept is not None and kept.is_file():
+        return kept.read_bytes(), True
+
+    program = _checked(nvrtc.nvrtcCreateProgram(text, source.name.encode(), 0, [], []))
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{source.name} does not compile: {log.decode(errors='replace').strip()}")
+    code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=kept.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(code)
+        Path(aside).replace(kept)
+    return code, False
+
+
+def _checked(result: Sequence[Any]) -> Any:
+    """What a call answers behind its status, or RuntimeError with the status by its name."""
+    status, *answer = result
+    if int(status) != 0:
+        raise RuntimeError(f"CUDA: {status.name}")
+    return answer[0] if len(answer) == 1 else tuple(answer) if answer else None

@@ -1,0 +1,465 @@
+// attention_fp8 for Hopper, in sm_90a: 128 queries of a head at a time, over the blocks of 128 keys that they keep.
+//
+// One group of warps (a single thread of it) takes tiles from a counter and has the copy engine bring Q, K and V; two
+// groups have 64 queries each. While a block's weights are multiplied by its values, the next block's scores are made
+// and weighted: what is waited for is asked for one block ahead.
+//
+//   s   the scores of a block, whole numbers, and then its weights, float32        p   those in e4m3
+//   t   weights times values of one block                                          o   the sum of all blocks so far
+//
+// Sums over a block are the matrix unit's, over blocks float32: the matrix unit keeps 14 bits of a float that it adds
+// to. V has eight rows more, of which the first is ones, so that the sum of the weights is one more channel.
+// The largest score is not followed exactly: weights are relative to the largest at the time it was last looked up, and
+// may be 2**SLACK times as large as one. Up to that nothing is scaled again, and no thread asks another.
+
+typedef unsigned long long u64;
+typedef unsigned int u32;
+typedef long long i64;
+
+struct alignas(64) TensorMap {
+  char bytes[128];
+};
+
+constexpr int D = 128, BLOCK = 128, GROUPS = 2;
+constexpr int Q_BYTES = BLOCK * D, K_BYTES = BLOCK * D, V_BYTES = BLOCK * D + 8 * BLOCK;  // V and its rows of ones
+constexpr int WIDE = (D + 8) / 2;  // floats a thread has of 64 rows of D + 8 channels
+constexpr int EARLY = 2;           // quarters of a block that are weighted before the last block's products are in
+constexpr int FAR = -(1 << 30);    // the score of a key that is not there
+constexpr float P_BITS = 7.0f, SLACK = 1.75f;  // weights to 2**8.75, and e4m3 ends at 448 = 2**8.8
+static_assert(STAGES > 2 && (STAGES & STAGES - 1) == 0, "a block is held while the next but one is waited for");
+
+__device__ __forceinline__ u32 address_of(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u64 *bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(bar)), "r"(arrivals));
+}
+
+__device__ __forceinline__ void expect(u64 *bar, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(bar)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u64 *bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(bar)) : "memory");
+}
+
+__device__ __forceinline__ void wait(u64 *bar, int phase) {
+  asm volatile(
+      "{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done:}"
+      ::"r"(address_of(bar)), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ void copy_tile(u32 to, const TensorMap *map, int x, int y, u64 *bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+      ::"r"(to), "l"(map), "r"(address_of(bar)), "r"(x), "r"(y) : "memory");
+}
+
+// Rows of 128 bytes, swizzled in groups of eight, as copy_tile leaves them.
+__device__ __forceinline__ u64 described(u32 address) {
+  return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int LEFT> __device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// Nothing that computes or reads these registers moves across.
+template <int N, typename T> __device__ __forceinline__ void hold(T (&r)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(reinterpret_cast<u32 &>(r[i]))::"memory");
+}
+
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ u32 four_e4m3(float a, float b, float c, float d) {
+  u32 r;
+  asm("{.reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1; cvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;"
+      "mov.b32 %0, {lo, hi};}"
+      : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
+  return r;
+}
+
+__device__ __forceinline__ u32 two_halves(float a, float b) {
+  u32 r;
+#if OUT == 1
+  asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(r) : "f"(a), "f"(b));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(r) : "f"(a), "f"(b));
+#endif
+  return r;
+}
+
+// Two neighbours of the residual at `i`, an even place; `scale` is of int8 alone.
+__device__ __forceinline__ float2 two_residuals(const void *residual, i64 i, float scale) {
+#if RESIDUAL == 1
+  const char2 x = *(const char2 *)((const signed char *)residual + i);
+  return make_float2(x.x * scale, x.y * scale);
+#elif RESIDUAL == 2
+  return *(const float2 *)((const float *)residual + i);
+#elif RESIDUAL == 3
+  const u32 x = *(const u32 *)((const unsigned short *)residual + i);
+  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xFFFF0000));
+#elif RESIDUAL == 4
+  const u32 x = *(const u32 *)((const unsigned short *)residual + i);
+  float2 r;
+  asm("{.reg .b16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi;}"
+      : "=f"(r.x), "=f"(r.y)
+      : "r"(x));
+  return r;
+#else
+  return make_float2(0.0f, 0.0f);
+#endif
+}
+
+// s += 64 rows of Q times 32 channels of 128 keys.
+__device__ __forceinline__ void scores(int (&s)[64], u64 q, u64 k, int more) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %66, 0;"
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,"
+      "%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,"
+      "%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65,"
+      " p;}"
+      : "+r"(s[0]), "+r"(s[1]), "+r"(s[2]), "+r"(s[3]), "+r"(s[4]), "+r"(s[5]), "+r"(s[6]), "+r"(s[7]), "+r"(s[8]),
+      "+r"(s[9]), "+r"(s[10]), "+r"(s[11]), "+r"(s[12]), "+r"(s[13]), "+r"(s[14]), "+r"(s[15]), "+r"(s[16]),
+      "+r"(s[17]), "+r"(s[18]), "+r"(s[19]), "+r"(s[20]), "+r"(s[21]), "+r"(s[22]), "+r"(s[23]), "+r"(s[24]),
+      "+r"(s[25]), "+r"(s[26]), "+r"(s[27]), "+r"(s[28]), "+r"(s[29]), "+r"(s[30]), "+r"(s[31]), "+r"(s[32]),
+      "+r"(s[33]), "+r"(s[34]), "+r"(s[35]), "+r"(s[36]), "+r"(s[37]), "+r"(s[38]), "+r"(s[39]), "+r"(s[40]),
+      "+r"(s[41]), "+r"(s[42]), "+r"(s[43]), "+r"(s[44]), "+r"(s[45]), "+r"(s[46]), "+r"(s[47]), "+r"(s[48]),
+      "+r"(s[49]), "+r"(s[50]), "+r"(s[51]), "+r"(s[52]), "+r"(s[53]), "+r"(s[54]), "+r"(s[55]), "+r"(s[56]),
+      "+r"(s[57]), "+r"(s[58]), "+r"(s[59]), "+r"(s[60]), "+r"(s[61]), "+r"(s[62]), "+r"(s[63])
+      : "l"(q), "l"(k), "r"(more));
+}
+
+// t += weights of 32 keys, 64 rows, times 32 keys of all channels.
+__device__ __forceinline__ void weighted(float (&t)[68], const unsigned *p, u64 v, int more) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %73, 0;"
+      "wgmma.mma_async.sync.aligned.m64n136k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,"
+      "%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,"
+      "%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,"
+      "%66,%67}, {%68,%69,%70,%71}, %72, p, 1, 1;}"
+      : "+f"(t[0]), "+f"(t[1]), "+f"(t[2]), "+f"(t[3]), "+f"(t[4]), "+f"(t[5]), "+f"(t[6]), "+f"(t[7]), "+f"(t[8]),
+      "+f"(t[9]), "+f"(t[10]), "+f"(t[11]), "+f"(t[12]), "+f"(t[13]), "+f"(t[14]), "+f"(t[15]), "+f"(t[16]),
+      "+f"(t[17]), "+f"(t[18]), "+f"(t[19]), "+f"(t[20]), "+f"(t[21]), "+f"(t[22]), "+f"(t[23]), "+f"(t[24]),
+      "+f"(t[25]), "+f"(t[26]), "+f"(t[27]), "+f"(t[28]), "+f"(t[29]), "+f"(t[30]), "+f"(t[31]), "+f"(t[32]),
+      "+f"(t[33]), "+f"(t[34]), "+f"(t[35]), "+f"(t[36]), "+f"(t[37]), "+f"(t[38]), "+f"(t[39]), "+f"(t[40]),
+      "+f"(t[41]), "+f"(t[42]), "+f"(t[43]), "+f"(t[44]), "+f"(t[45]), "+f"(t[46]), "+f"(t[47]), "+f"(t[48]),
+      "+f"(t[49]), "+f"(t[50]), "+f"(t[51]), "+f"(t[52]), "+f"(t[53]), "+f"(t[54]), "+f"(t[55]), "+f"(t[56]),
+      "+f"(t[57]), "+f"(t[58]), "+f"(t[59]), "+f"(t[60]), "+f"(t[61]), "+f"(t[62]), "+f"(t[63]), "+f"(t[64]),
+      "+f"(t[65]), "+f"(t[66]), "+f"(t[67])
+      : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v), "r"(more));
+}
+
+// Behind the tiles in shared memory. A barrier is full when what it guards has come, and empty when all have read it.
+struct Shared {
+  u64 q_full, q_empty, tile_full[2], tile_empty[2], full[STAGES], empty[STAGES];
+  float scale[STAGES];
+  int keys[STAGES];  // from this block's first on: 128 or more, but of the last block
+  int tile[2], count[2];
+};
+
+extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp8_sm90(
+    const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
+    const __grid_constant__ TensorMap map_v, const float *q_scale, const float *k_scale, const float *v_scale,
+    const int *kept, const int *counts, const int *tokens, const void *residual, const float *residual_scale, void *out,
+    int *next, int H, int N, int M, int P, int rows, int tiles, float softmax_scale, i64 list_b, i64 list_h, i64 list_r,
+    i64 count_b, i64 count_h, i64 count_r, i64 token_b, i64 token_h) {
+  extern __shared__ char raw[];
+  const u32 base = (address_of(raw) + 1023) & ~1023;
+  const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
+  Shared &sh = *(Shared *)(raw + (base - address_of(raw)) + Q_BYTES + STAGES * (K_BYTES + V_BYTES));
+  const int thread = threadIdx.x, group = thread / 128;
+
+  if (thread == 0) {
+    barrier_init(&sh.q_full, 1);
+    barrier_init(&sh.q_empty, 4 * GROUPS);
+    for (int i = 0; i < 2; i++) {
+      barrier_init(&sh.tile_full[i], 1);
+      barrier_init(&sh.tile_empty[i], 4 * GROUPS);
+    }
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(&sh.full[i], 1);
+      barrier_init(&sh.empty[i], 4 * GROUPS);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  for (int i = thread; i < STAGES * 256; i += (GROUPS + 1) * 128) {
+    const int stage = i / 256, word = i % 256;
+    const u32 to = v_at + stage * V_BYTES + BLOCK * D + word * 4;
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word < 32 ? 0x38383838 : 0));
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+
+  if (group == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (thread == 0) {
+      int stage = 0, phase = 0, slot = 0, slot_phase = 0, q_phase = 0;
+      for (;;) {
+        const int tile = atomicAdd(next, 1);
+        const int head = tile / rows, row = rows - 1 - tile % rows;  // text lies last and has the longest lists
+        const bool real = tile < tiles;
+        const int count = real ? counts[head / H * count_b + head % H * count_h + row * count_r] : 0;
+        wait(&sh.tile_empty[slot], slot_phase ^ 1);
+        sh.tile[slot] = tile;
+        sh.count[slot] = count;
+        arrive(&sh.tile_full[slot]);
+        slot ^= 1;
+        slot_phase ^= slot == 0;
+        if (!real) break;
+        const int *list = kept + head / H * list_b + head % H * list_h + row * list_r;
+        const float *scales = k_scale + (i64)head * (P / BLOCK);
+        int block = count > 0 ? list[0] : 0;
+        wait(&sh.q_empty, q_phase ^ 1);
+        q_phase ^= 1;
+        expect(&sh.q_full, Q_BYTES);
+        copy_tile(q_at, &map_q, 0, head * N + row * BLOCK, &sh.q_full);
+#pragma unroll 1
+        for (int i = 0; i < count; i++) {
+          const int then = i + 1 < count ? list[i + 1] : 0;
+          const float scale = scales[block];
+          wait(&sh.empty[stage], phase ^ 1);
+          u64 *bar = &sh.full[stage];
+          sh.scale[stage] = scale;
+          sh.keys[stage] = M - block * BLOCK;
+          expect(bar, K_BYTES + BLOCK * D);
+          copy_tile(k_at + stage * K_BYTES, &map_k, 0, head * P + block * BLOCK, bar);
+          copy_tile(v_at + stage * V_BYTES, &map_v, block * BLOCK, head * D, bar);
+          if (++stage == STAGES) stage = 0, phase ^= 1;
+          block = then;
+        }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    const int mine = group - 1, lane = thread % 32, quad = lane % 4;
+    int visited = 0, tiles_seen = 0;
+    const u64 q_part = described(q_at + mine * 64 * D);
+    int s[64];
+    float o[WIDE], t[WIDE];
+    u32 p[16];
+    for (;; tiles_seen++) {
+      const int slot = tiles_seen & 1;
+      wait(&sh.tile_full[slot], tiles_seen >> 1 & 1);
+      const int tile = sh.tile[slot], count = sh.count[slot];
+      __syncwarp();
+      if (lane == 0) arrive(&sh.tile_empty[slot]);
+      if (tile >= tiles) break;
+      const int head = tile / rows, row = rows - 1 - tile % rows;
+      const int first = row * BLOCK + mine * 64 + thread % 128 / 32 * 16 + lane / 4;
+      float scale_of[2], less[2], scale[2], fade[2];
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const int n = first + 8 * r;
+        scale_of[r] = (n < N ? q_scale[(i64)head * N + n] : 1.0f) * softmax_scale;
+        less[r] = __int_as_float(0x7F800000);
+      }
+#pragma unroll
+      for (int i = 0; i < WIDE; i++) o[i] = 0.0f;
+      wait(&sh.q_full, tiles_seen & 1);
+
+      bool grown;
+      auto ready = [&]() {  // the next block has come
+        wait(&sh.full[visited & STAGES - 1], visited / STAGES & 1);
+      };
+      float k_of;
+      int left;
+      auto ask = [&]() {  // its scores
+        const u64 k_part = described(k_at + (visited & STAGES - 1) * K_BYTES);
+        hold(s);
+        fence();
+#pragma unroll
+        for (int k = 0; k < D / 32; k++) scores(s, q_part + 2 * k, k_part + 2 * k, k > 0);
+        commit();
+        k_of = sh.scale[visited & STAGES - 1];
+        left = sh.keys[visited & STAGES - 1];
+      };
+      auto measure = [&]() {
+        hold(s);
+        if (left < BLOCK) {
+#pragma unroll
+          for (int i = 0; i < 64; i++)
+            if (left - 2 * quad <= 8 * (i / 4) + i % 2) s[i] = FAR;
+        }
+        int top[2] = {FAR, FAR};
+#pragma unroll
+        for (int i = 0; i < 64; i += 4) {
+          top[0] = max(max(top[0], s[i]), s[i + 1]);
+          top[1] = max(max(top[1], s[i + 2]), s[i + 3]);
+        }
+        float high[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          scale[r] = scale_of[r] * k_of;
+          high[r] = (float)top[r] * scale[r];
+        }
+        grown = __any_sync(0xFFFFFFFF, fmaxf(high[0] + less[0], high[1] + less[1]) > P_BITS + SLACK);
+        if (grown) {
+#pragma unroll
+          for (int r = 0; r < 2; r++) {
+            high[r] = fmaxf(high[r], __shfl_xor_sync(0xFFFFFFFF, high[r], 1));
+            high[r] = fmaxf(high[r], __shfl_xor_sync(0xFFFFFFFF, high[r], 2));
+            const float lower = fminf(less[r], P_BITS - high[r]);
+            fade[r] = exp2_of(lower - less[r]);
+            less[r] = lower;
+          }
+        }
+      };
+      auto weigh = [&](int i) {  // a quarter of the scores become weights, unrounded, in s
+#pragma unroll
+        for (int at = 16 * i; at < 16 * i + 16; at++)
+          s[at] = __float_as_int(exp2_of(fmaf((float)s[at], scale[at / 2 % 2], less[at / 2 % 2])));
+      };
+      auto round = [&](int i) {
+#pragma unroll
+        for (int c = 0; c < 4; c++) {  // rows g and g + 8 of keys 0-15, then of keys 16-31
+          const int at = 16 * i + 8 * (c / 2) + 2 * (c % 2);
+          p[4 * i + c] = four_e4m3(__int_as_float(s[at]), __int_as_float(s[at + 1]), __int_as_float(s[at + 4]),
+                                   __int_as_float(s[at + 5]));
+        }
+      };
+      auto mask = [&]() {  // weights of no keys are zero, whatever the scale
+        if (left < BLOCK) {
+#pragma unroll
+          for (int i = 0; i < 16; i++) {
+            u32 keep = 0;
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+              if (left - 2 * quad > 32 * (i / 4) + 16 * (i % 4 / 2) + 8 * (c / 2) + c % 2) keep |= 0xFFu << 8 * c;
+            p[i] &= keep;
+          }
+        }
+        visited++;
+      };
+      auto gather = [&]() {  // t = weights of the last block times its values
+        const u64 v_part = described(v_at + (visited - 1 & STAGES - 1) * V_BYTES);
+        hold(p);
+        hold(t);
+        fence();
+#pragma unroll
+        for (int k = 0; k < BLOCK / 32; k++) weighted(t, p + 4 * k, v_part + 2 * k, k > 0);
+        commit();
+      };
+      auto gathered = [&]() {
+        wait_products<0>();
+        hold(t);
+        __syncwarp();
+        if (lane == 0) arrive(&sh.empty[visited - 1 & STAGES - 1]);
+      };
+      auto add = [&](int i) {  // a quarter
+#pragma unroll
+        for (int at = 16 * i; at < 16 * i + 16; at++) o[at] += t[at];
+        if (i == 3)
+          for (int at = 64; at < WIDE; at++) o[at] += t[at];
+      };
+      int rest = count - 1;
+      if (count > 0) {
+        ready();
+        ask();
+        wait_products<0>();
+        measure();
+#pragma unroll
+        for (int i = 0; i < 4; i++) weigh(i), round(i);
+        mask();
+        if (rest) ready();
+#pragma unroll 1
+        while (rest) {
+          ask();
+          gather();
+          wait_products<1>();
+          measure();
+#pragma unroll
+          for (int j = 0; j < EARLY; j++) weigh(j);
+          hold(s);
+          visited++;
+          rest--;
+          if (rest) ready();
+          visited--;
+          gathered();
+          if (grown) {
+#pragma unroll
+            for (int at = 0; at < WIDE; at++) o[at] *= fade[at / 2 % 2], t[at] *= fade[at / 2 % 2];
+          }
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            if (j >= EARLY) weigh(j);
+            add(j);
+            round(j);
+          }
+          mask();
+        }
+        if (lane == 0) arrive(&sh.q_empty);
+        gather();
+        gathered();
+#pragma unroll
+        for (int j = 0; j < 4; j++) add(j);
+      } else if (lane == 0) {
+        arrive(&sh.q_empty);
+      }
+
+      // the answer
+      const int batch = head / H, h = head % H;
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float sum = __shfl_sync(0xFFFFFFFF, o[D / 2 + 2 * r], lane & ~3);
+        const float inverse = count > 0 ? 1.0f / sum : 0.0f;
+        const int n = first + 8 * r;
+        const bool inside = n < N;
+#if TOKENS
+        const int token = inside ? tokens[batch * token_b + h * token_h + n] : 0;
+#else
+        const int token = n;
+#endif
+        const i64 at = (((i64)batch * N + token) * H + h) * D;
+#if RESIDUAL == 1
+        const float lost = inside ? residual_scale[(i64)head * N + token] : 0.0f;
+#else
+        const float lost = 1.0f;
+#endif
+#pragma unroll
+        for (int m = 0; m < 4; m++) {  // 32 channels: each thread of four has two of every eight, and gets eight
+          [[maybe_unused]] u32 w[4];
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            const int i = 4 * (4 * m + j) + 2 * r, d = 8 * (4 * m + j) + 2 * quad;
+            const float2 of = *(const float2 *)(v_scale + (i64)head * D + d);
+            float2 y = make_float2(o[i] * inverse * of.x, o[i + 1] * inverse * of.y);
+            if (RESIDUAL && inside) {
+              const float2 added = two_residuals(residual, at + d, lost);
+              y.x += added.x;
+              y.y += added.y;
+            }
+#if OUT == 0
+            if (inside) *(float2 *)((float *)out + at + d) = y;
+#else
+            w[j] = two_halves(y.x, y.y);
+#endif
+          }
+#if OUT != 0
+#pragma unroll
+          for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+              if (!(j & bit)) {
+                const bool upper = quad & bit;
+                const u32 got = __shfl_xor_sync(0xFFFFFFFF, upper ? w[j] : w[j | bit], bit);
+                if (upper)
+                  w[j] = got;
+                else
+                  w[j | bit] = got;
+              }
+          if (inside) *(uint4 *)((unsigned short *)out + at + 32 * m + 8 * quad) = make_uint4(w[0], w[1], w[2], w[3]);
+#endif
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,91 @@
+"""attention_fp8 by hand for Hopper (sm_90a): heads of 128 channels, in blocks of 128 queries and 128 keys.
+
+The operands, and what is answered, are attention_fp8's; the source beside this file says how. Other shapes, and other
+cards, run by Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from quant_runtime.kernels import _cuda
+from quant_runtime.kernels._triton import processors
+
+SIZE = BLOCK = 128
+THREADS = 3 * 128  # one group of warps brings the tiles, two multiply
+STAGES = 4
+SHARED = (
+    1024 + BLOCK * SIZE + STAGES * (2 * BLOCK * SIZE + 1024) + 1024
+)  # alignment, Q, K and V with its ones, the rest
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of the answer
+ADDED = {torch.int8: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}  # of the residual; 0 is none
+
+
+def has_card() -> bool:
+    """Whether the GPU at hand is one that it runs on."""
+    return torch.cuda.is_available() and _cuda.is_hopper(torch.device("cuda", torch.cuda.current_device()))
+
+
+def takes(q: Tensor, block_q: int, block_k: int) -> bool:
+    return _cuda.is_hopper(q.device) and q.shape[3] == SIZE and block_q == block_k == BLOCK
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    tokens: Tensor | None,
+) -> Tensor:
+    batch, heads, count, size = q.shape
+    padded, rows, every = k.shape[2], -(-count // BLOCK), batch * heads
+    q, k, v, q_scale, k_scale, v_scale = (t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale))
+    kept = kept if kept.stride(3) == 1 else kept.contiguous()
+    tokens = tokens if tokens is None or tokens.stride(2) == 1 else tokens.contiguous()
+    out = torch.empty(batch, count, heads, size, dtype=out_dtype, device=q.device)
+    with torch.cuda.device(q.device):
+        _kernel(q.device, KINDS[out_dtype], 0 if residual is None else ADDED[residual.dtype], tokens is not None)(
+            min(processors(q.device), every * rows),
+            THREADS,
+            _cuda.tiles(q.view(-1, size), BLOCK, size),
+            _cuda.tiles(k.view(-1, size), BLOCK, size),
+            _cuda.tiles(v.view(torch.uint8).view(-1, padded), size, BLOCK),
+            q_scale,
+            k_scale,
+            v_scale,
+            kept,
+            counts,
+            tokens,
+            None if residual is None else residual.transpose(1, 2).contiguous(),
+            None if residual_scale is None else residual_scale.contiguous(),
+            out,
+            torch.zeros(1, dtype=torch.int32, device=q.device),  # the next tile
+            heads,
+            count,
+            keys,
+            padded,
+            rows,
+            every * rows,
+            softmax_scale * math.log2(math.e),
+            [*kept.stride()[:3], *counts.stride(), *((0, 0) if tokens is None else tokens.stride()[:2])],
+        )
+    return out.transpose(1, 2)
+
+
+@functools.cache
+def _kernel(device: torch.device, out: int, residual: int, tokens: bool) -> _cuda.Kernel:
+    defines = (("OUT", out), ("RESIDUAL", residual), ("TOKENS", int(tokens)), ("STAGES", STAGES))
+    return _cuda.Kernel("attention_fp8_sm90.cu", "attention_fp8_sm90", SHARED, defines)
