@@ -58,7 +58,7 @@ class Kernel:
             tell(entry, time.perf_counter() - start, cached)
 
     def __call__(self, programs: int, threads: int, *args: object) -> None:
-        """Tensors and None go as addresses, ints as 32 bits, those in a list as 64, floats as float32, maps as they are."""
+        """Tensors and None go as addresses, ints as 32 bits, in a list as 64, floats as float32, maps as they are."""
         values: list[object] = []
         kinds: list[object] = []
         for arg in args:

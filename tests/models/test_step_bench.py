@@ -33,7 +33,8 @@ def chosen(**change):
     usual = {
         "size": "192x128", "frames": 17, "method": "rtn", "bits": "w8a8", "densities": "0.5", "rounds": 1,
         "device": "cpu", "steps": 2, "warmup": 0.5, "no_dense": False, "no_baseline": False, "no_compile": True,
-        "no_eager": False, "profile": None, "policy": "topk", "refresh": 0, "residual_order": 2, "residual_rank": 4, "residual_bits": 8,
+        "no_eager": False, "profile": None,
+        "policy": "topk", "refresh": 0, "residual_order": 2, "residual_rank": 4, "residual_bits": 8,
         "residual_place": "device",
     }  # fmt: skip
     return Namespace(**usual | change)
