@@ -273,7 +273,8 @@ def leading(grams: Tensor, rank: int) -> Tensor:
 
     torch solves matrices above 32 one after another on a GPU, each in milliseconds: there they are iterated to.
     """
-    if grams.device.type == "cpu" or grams.shape[-1] < 2 * rank:
+    size = grams.shape[-1]
+    if grams.device.type == "cpu" or size <= 32 or size < 2 * rank:
         vectors: Tensor = torch.linalg.eigh(grams).eigenvectors
         return vectors[..., -rank:]
     return leading_by_iteration(grams, rank)

@@ -36,7 +36,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quant_runtime.kernels import attention_blocks, attention_fp8_sm90
+from quant_runtime.kernels import _cuda, attention_blocks, attention_fp8_sm90
 from quant_runtime.kernels._cpu import product_name
 from quant_runtime.kernels._triton import TensorDescriptor, jit, tl, triton
 from quant_runtime.kernels._versions import Op
@@ -535,7 +535,7 @@ def launch(
     return out
 
 
-def launch_fastest(
+def launch_hopper(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -553,16 +553,12 @@ def launch_fastest(
     residual_scale: Tensor | None,
     tokens: Tensor | None = None,
 ) -> Tensor:
-    """By hand where there is a version for this card and these shapes, else by Triton."""
+    """On a Hopper: by hand where that takes the shapes, else by Triton."""
     operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys)
     rest = (out_dtype, softmax_scale, residual, residual_scale, tokens)
     if attention_fp8_sm90.takes(q, block_q, block_k):
         return attention_fp8_sm90.launch(*operands, *rest)
     return launch(*operands, block_q, block_k, *rest)
-
-
-def fastest_name() -> str:
-    return "CUDA for sm_90a" if attention_fp8_sm90.has_card() else "Triton"
 
 
 def refresh_launch(
@@ -676,7 +672,8 @@ _op = Op(
     reference,
     _fake,
     cpu={product_name: on_cpu},
-    cuda={fastest_name: launch_fastest, "Triton": launch},
+    cuda={"CUDA for sm_90a": launch_hopper, "Triton": launch},
+    on={"CUDA for sm_90a": _cuda.is_hopper},
     plain=in_parts,
 )
 _refresh_op = Op(
