@@ -216,11 +216,10 @@ def _seen(ran: list[Density]) -> dict[str, float]:
     """The density, and what was lost at the refreshes that had one before them: norms beside the dense answer's."""
     seen = {"effective_density": report.rounded(mean(one.effective for one in ran))}
     refreshes = [refresh for one in ran if one.residual for refresh in one.residual.refreshes]
-    later = [(refresh.first, refresh.second) for refresh in refreshes if refresh.second is not None]
-    if later:
-        seen["lost"] = report.rounded(mean(first for first, _ in later))
-        seen["lost_anew"] = report.rounded(mean(second for _, second in later))
-        seen["fell_back"] = sum(refresh.fell_back for refresh in refreshes)
+    for name in ("lost", "first_error", "second_error"):
+        values = [value for value in (getattr(refresh, name) for refresh in refreshes) if value is not None]
+        if values:
+            seen[name] = report.rounded(mean(values))
     return seen
 
 
