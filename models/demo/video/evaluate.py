@@ -11,9 +11,9 @@ Gradient energies are ratios to the same captions' rendered clips. `compression`
 precision in float32, same seed; mean over prompts and seeds, `error` the least and the most. `residual`: sparse
 attention with and without what it loses cached, against the dense film of the same W8A8 model; `error` tells the
 density too, dense steps counted, and norms at the refreshes beside the dense answer's: what was `lost`, and how far off
-each order of the refresh before was by then. `policies`: ways to choose the blocks that are kept, of the same model and against
-the same film; `error` tells the density of the sparse steps, `sparse`, and of all. Rows as in quant_runtime/report.py,
-in docs/results/demo_video_NAME-DEVICE.jsonl.
+each order of the refresh before was by then. `policies`: ways to choose the blocks that are kept, of the same model and
+against the same film; `error` tells the density of the sparse steps, `sparse`, and of all. Rows as in
+quant_runtime/report.py, in docs/results/demo_video_NAME-DEVICE.jsonl.
 """
 
 from __future__ import annotations
