@@ -153,10 +153,10 @@ def _bits(device: torch.device) -> Tensor:
 
 def _listed(kept: Tensor, counts: Tensor) -> Tensor:
     """int32 [B, H, rows, keys] of a mask: of each row first what is kept, then the other blocks, both ascending."""
-    behind = counts[..., None] + (~kept).cumsum(dim=3) - 1
-    place = torch.where(kept, kept.cumsum(dim=3) - 1, behind)
-    every = torch.arange(kept.shape[3], dtype=torch.int32, device=kept.device).expand(kept.shape)
-    return torch.empty(kept.shape, dtype=torch.int32, device=kept.device).scatter_(3, place, every)
+    every = torch.arange(kept.shape[3], dtype=torch.int32, device=kept.device)
+    before = kept.cumsum(dim=3, dtype=torch.int32)  # and itself
+    place = torch.where(kept, before - 1, counts[..., None] + every - before).long()
+    return torch.empty(kept.shape, dtype=torch.int32, device=kept.device).scatter_(3, place, every.expand(kept.shape))
 
 
 @dataclass(frozen=True)
