@@ -213,7 +213,7 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
         yield from timing.peak(f"{case} {run}", where)
         if ran.residual is not None:
             kept, place = ran.residual.bytes / 2**30, ran.residual.place
-            yield report.row(f"{case} {run}", "residual", kept, "GiB", "lower", samples=1, error=place)
+            yield report.row(f"{case} {run}", f"residual on the {place}", kept, "GiB", "lower", samples=1)
 
 
 def policy(name: str, density: float) -> Policy:

@@ -101,14 +101,20 @@ class RefreshRecord(_Strict):
     """One step whose loss was kept. Norms are relative to the dense answer's, over all layers and passes."""
 
     step: int
-    first: float  # of what sparse attention lost
-    second: float | None  # of the difference to what it lost at the refresh before; None where there was none
-    fell_back: int  # calls whose difference was not smaller, and was left out
+    lost: float  # by sparse attention
+    first_error: float | None  # how far off what the refresh before has lost is by now
+    second_error: float | None  # and that with its trend; None where there was none
+    fell_back: int  # calls that go without a trend
 
     @classmethod
     def of(cls, refresh: Refresh) -> RefreshRecord:
-        second = None if refresh.second is None else float(f"{refresh.second:.4g}")
-        return cls(step=refresh.step, first=float(f"{refresh.first:.4g}"), second=second, fell_back=refresh.fell_back)
+        lost, first, second = (
+            None if value is None else float(f"{value:.4g}")
+            for value in (refresh.lost, refresh.first_error, refresh.second_error)
+        )
+        return cls(
+            step=refresh.step, lost=lost or 0.0, first_error=first, second_error=second, fell_back=refresh.fell_back
+        )
 
 
 class ResidualRecord(_Strict):
@@ -119,6 +125,7 @@ class ResidualRecord(_Strict):
     rank: int
     bits: Literal[8, 16]
     place: Literal["device", "host", "auto"]
+    freeze: bool = True
     placed: Place | None = None  # where it lay
     bytes: int | None = None  # that it took at most
     refreshes: tuple[RefreshRecord, ...] = ()
@@ -132,7 +139,7 @@ class ResidualRecord(_Strict):
         return cls(**its, placed=use.place, bytes=use.bytes, refreshes=refreshes)
 
     def residual(self) -> Residual:
-        return Residual(self.interval, self.order, self.rank, self.bits, self.place)
+        return Residual(self.interval, self.order, self.rank, self.bits, self.place, self.freeze)
 
 
 class AttentionRecord(_Strict):

@@ -25,13 +25,14 @@ from quant_runtime.kernels.attention_fp8 import (
 )
 from quant_runtime.kernels.pack_heads import Packed, in_places, pack_heads
 from quant_runtime.kernels.quantize_heads import key_center, quantize_heads
-from quant_runtime.residual import Place, Residual, ResidualCache, ResidualUse, used
+from quant_runtime.residual import Key, Place, Residual, ResidualCache, ResidualUse, used
 from quant_runtime.sparsity.base import (
     LAYOUTS,
     AttentionCall,
     Blocks,
     Choosing,
     Look,
+    PackedBlocks,
     Policy,
     Seen,
     TokenLayout,
@@ -127,6 +128,7 @@ class AttentionState:
         self._sparse: list[Tensor] = []
         self._packed = 0  # calls
         self.cache = None if self.plan.residual is None else ResidualCache(self.plan.residual, place)
+        self._frozen: dict[Key, PackedBlocks | None] = {}  # what the last refresh has chosen to keep
         self._turn.holder = None
         self._ways: dict[tuple[int, int], Tensor] = {}  # layer and branch → what its heads chose
         self.at(0)
@@ -146,6 +148,7 @@ class AttentionState:
 
     def finish(self) -> None:
         """Behind the last step: nothing stays cached. The record is still there to be asked."""
+        self._frozen = {}
         if self.cache is not None:
             self.cache.clear()
 
@@ -187,6 +190,18 @@ class AttentionState:
         if self.cache is None:
             return None, None
         return self.cache.cached((call.layer, call.branch))
+
+    def chosen(self, call: AttentionCall, choose: Callable[[], Blocks | None]) -> Blocks | None:
+        """What this call keeps: what its refresh has chosen, where the plan's residual freezes that."""
+        if self.plan.residual is None or not self.plan.residual.freeze:
+            return choose()
+        key = (call.layer, call.branch)
+        if not call.refresh and key in self._frozen:
+            frozen = self._frozen[key]
+            return None if frozen is None else frozen.blocks()
+        blocks = choose()
+        self._frozen[key] = None if blocks is None else PackedBlocks.of(blocks)
+        return blocks
 
     def density(self) -> Density:
         """Of the calls since `start`. Refused before the first of them."""
@@ -274,7 +289,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, layout: TokenLayout, 
         tokens = _tokens(plan.policy, layout, plan.policy.block, ways, q)
         if tokens is not None:
             q, k, v = (in_places(x, tokens) for x in (q, k, v))
-        blocks = plan.policy.blocks(Seen.of(q, k, plan.policy.block), call, ways)
+        seen = Seen.of(q, k, plan.policy.block)
+        blocks = state.chosen(call, functools.partial(plan.policy.blocks, seen, call, ways))
     state.record(call, None if dense else blocks)
 
     if call.refresh:
@@ -313,7 +329,7 @@ def attend_packed(
         ways = state.ways(_PackedHeads(q, k, v, pack), call)
         tokens = _tokens(policy, call.layout, PACKED_BLOCK, ways, q)
         packed = pack(q, k, v, PACKED_BLOCK, tokens=tokens)
-        blocks = policy.blocks(_seen(packed), call, ways)
+        blocks = state.chosen(call, functools.partial(policy.blocks, _seen(packed), call, ways))
     else:
         tokens, packed, blocks = None, pack(q, k, v, PACKED_BLOCK), None
     state.record(call, None if dense else blocks, packed=True)

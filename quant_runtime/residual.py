@@ -8,8 +8,9 @@ of the same quantized q, k and v. The sparse steps behind it add what was cached
 
 The approximation is the truncated SVD D V V^T of the difference D, float [tokens, head size]: V are the leading
 eigenvectors of its Gram matrix D^T D. C = Delta + D V V^T is kept as it is added, and D V and V beside it, so that the
-next refresh has Delta back as C - (D V) V^T without a second tensor of that size. Where D is not smaller than Delta, a
-call's cache is of the first order: the difference predicts nothing there.
+next refresh has Delta back as C - (D V) V^T without a second tensor of that size. It can also tell how far off each
+order has come out by then: the first by D, the second by D less what was approximated of the difference before. Where
+the second was not nearer, or none was there to be looked at, a call's cache is of the first order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -40,6 +41,9 @@ class Residual:
     rank: int = 16  # of the second order; that of the heads' size leaves nothing out
     bits: Literal[8, 16] = 8  # int8, a scale for each token and head; 16: as values come, 32 bits where those have 32
     place: Literal["device", "host", "auto"] = "device"  # host: pinned memory; auto: where the device has no room
+    freeze: bool = (
+        True  # sparse steps keep the blocks that the refresh has chosen: what others lose is not what was lost
+    )
 
     def __post_init__(self) -> None:
         for name in ("interval", "rank"):
@@ -59,11 +63,11 @@ class Residual:
         return step >= _first(warm) and (step - _first(warm)) % (self.interval + 1) == 0
 
     def refreshes(self, step: int, warm: int, steps: int) -> bool:
-        """Whether what it loses is kept: it is due, or the warm step before the first that is; and sparse ones follow.
+        """Whether what it loses is kept: it is due, or one of two warm steps ahead of that; and sparse ones follow.
 
-        The two last warm steps give the first sparse ones their second order.
+        It takes three to know a difference, and whether the one before it has told where it would go.
         """
-        before = self.order == 2 and warm >= 2 and step == warm - 2
+        before = self.order == 2 and 0 < _first(warm) - step <= 2
         return (before or self.due(step, warm)) and max(step, _first(warm)) < steps - 1
 
     def bytes(self, tokens: int, heads: int, size: int, value_bytes: int) -> int:
@@ -84,9 +88,10 @@ class Refresh:
     """One step that was one: norms, relative to the dense answer's, over all its calls."""
 
     step: int
-    first: float  # of Delta
-    second: float | None  # of its difference to the last refresh; None where there was none before, or the order is 1
-    fell_back: int = 0  # calls of the second order whose difference was not smaller
+    lost: float  # of Delta
+    first_error: float | None = None  # how far the first order of the refresh before is off by now; None without it
+    second_error: float | None = None  # and the second; None where there was none, or the order is 1
+    fell_back: int = 0  # calls of order 2 whose cache is of the first
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class ResidualCache:
         self.place: Place = place or ("host" if residual.place == "host" else "device")
         self.bytes = 0  # at most, since it was made
         self._home: _Home | None = None
-        self.norms: list[tuple[int, Tensor, bool]] = []  # of each call of a refresh: step, as `refreshed`, has a second
+        self.norms: list[tuple[int, Tensor, int]] = []  # of each call of a refresh: step, as `refreshed`, errors known
 
     @property
     def empty(self) -> bool:
@@ -132,7 +137,7 @@ class ResidualCache:
             was = before.dense.values.transpose(1, 2).shape
             raise ValueError(f"layer {key[0]}, branch {key[1]} had attention {list(was)}; got {list(lost.shape)}")
         made, squares = refreshed(its, dense, lost, before)
-        self.norms.append((step, squares, its.order == 2 and before is not None))
+        self.norms.append((step, squares, 0 if its.order == 1 or before is None else 1 if before.left is None else 2))
         self._home.put(key, made)
         self.bytes = max(self.bytes, self._home.bytes)
 
@@ -154,17 +159,16 @@ def used(caches: Sequence[ResidualCache | None]) -> ResidualUse | None:
     own = [cache for cache in caches if cache is not None]
     if not own:
         return None
-    steps: dict[int, list[tuple[Tensor, bool]]] = {}
+    steps: dict[int, list[tuple[Tensor, int]]] = {}
     for cache in own:
-        for step, squares, has_second in cache.norms:
-            steps.setdefault(step, []).append((squares, has_second))
+        for step, squares, known in cache.norms:
+            steps.setdefault(step, []).append((squares, known))
     refreshes = []
     for step, calls in sorted(steps.items()):
-        delta, _, whole, _ = _sum([squares for squares, _ in calls])
-        later = [squares for squares, has_second in calls if has_second]
-        _, difference, its, fell_back = _sum(later) if later else [0.0] * 4
-        second = _ratio(difference, its) if later else None
-        refreshes.append(Refresh(step, _ratio(delta, whole), second, int(fell_back)))
+        least = min(known for _, known in calls)  # of two networks that meet in a step one may have no errors yet
+        delta, first, second, whole, fell_back = _sum([squares for squares, _ in calls])
+        errors = (_ratio(first, whole) if least > 0 else None, _ratio(second, whole) if least > 1 else None)
+        refreshes.append(Refresh(step, _ratio(delta, whole), *errors, int(fell_back)))
     return ResidualUse(tuple(refreshes), max(cache.bytes for cache in own), own[0].place)
 
 
@@ -216,47 +220,59 @@ class Entry:
     """The cache of one layer and branch."""
 
     dense: Rows  # C, as it is added
-    left: Rows | None = None  # D V, [B, N, H, r]; zeros where it fell back
+    left: Rows | None = None  # D V, [B, N, H, r]
     right: Tensor | None = None  # V, float32 [B, H, D, r]
+    added: Tensor | None = None  # float32 []: 1 where D V V^T is in C, 0 where C is of the first order
+
+    def trend(self, heads: slice) -> Tensor:
+        """float32 [B, h, N, D]: D V V^T."""
+        assert self.left is not None
+        assert self.right is not None
+        return self.left.read(heads) @ self.right[:, heads].mT
 
     def delta(self, heads: slice) -> Tensor:
         """float32 [B, h, N, D]: Delta when it was made, perhaps in place."""
         whole = self.dense.read(heads)
-        if self.left is None or self.right is None:
-            return whole
-        return whole - self.left.read(heads) @ self.right[:, heads].mT
+        return whole if self.added is None else whole - self.added * self.trend(heads)
 
 
 def refreshed(its: Residual, dense: Tensor, lost: Tensor, before: Entry | None) -> tuple[Entry, Tensor]:
-    """The new cache; and float32 [4]: squared norms of Delta, of its difference and of `dense`, and 1 if it fell back.
+    """The new cache; and float32 [5]: squared norms of Delta, of the errors of both orders before and of `dense`; and 1
+    if it fell back.
 
     In one pass over the differences for their Gram matrices, and in another to project: none of them is kept between.
     """
     size = lost.shape[3]
-    squares = lost.new_zeros(4, dtype=torch.float32)
+    squares = lost.new_zeros(5, dtype=torch.float32)
     squares[0] = torch.linalg.vector_norm(lost, dtype=torch.float32).square()
-    squares[2] = torch.linalg.vector_norm(dense, dtype=torch.float32).square()
+    squares[3] = torch.linalg.vector_norm(dense, dtype=torch.float32).square()
     parts = _chunks(lost)
     entry = Entry(Rows.like(lost, size, its.bits))
     if its.order == 1 or before is None:
         for heads in parts:
             entry.dense.write(heads, lost[:, heads].float())
+        squares[4] = its.order == 2
         return entry, squares
 
     grams = lost.new_empty(*lost.shape[:2], size, size, dtype=torch.float32)
     for heads in parts:
-        grams[:, heads] = gram(lost[:, heads].float() - before.delta(heads))
+        difference = lost[:, heads].float() - before.delta(heads)
+        grams[:, heads] = gram(difference)
+        if before.left is not None:
+            squares[2] += (difference - before.trend(heads)).square().sum()
     squares[1] = grams.diagonal(dim1=2, dim2=3).sum()
-    smaller = squares[1] < squares[0]
-    squares[3] = 1 - smaller.float()
-    right = leading(grams, its.rank) * smaller  # by the device alone: nothing is read back
-    entry = Entry(entry.dense, Rows.like(lost, its.rank, its.bits), right)
+    nearer = squares[2] < squares[1] if before.left is not None else torch.zeros_like(squares[1])
+    added = nearer.float()  # of the device alone: nothing is read back
+    squares[4] = 1 - added
+    right = leading(grams, its.rank)
+    entry = Entry(entry.dense, Rows.like(lost, its.rank, its.bits), right, added)
     assert entry.left is not None
     for heads in parts:
         delta = lost[:, heads].float()
         entry.left.write(heads, (delta - before.delta(heads)) @ right[:, heads])
-        rounded = entry.left.read(heads)  # what is kept is what is added: Delta comes back as C alone is rounded
-        entry.dense.write(heads, delta + rounded @ right[:, heads].mT)
+        entry.dense.write(
+            heads, delta + added * entry.trend(heads)
+        )  # as it was rounded: Delta comes back as C alone is
     return entry, squares
 
 
@@ -398,6 +414,7 @@ class _OnHost:
                 ours.copy_(theirs, non_blocking=True)
                 theirs.record_stream(self._stream)
             self._put = self._stream.record_event()
+        self._held[key] = replace(held, added=entry.added)  # one number, which stays on the device
         for slot in self._slots:
             slot.key = None  # what was brought before is not this
 
@@ -406,7 +423,7 @@ class _OnHost:
         held = self._held[key]
         left = None if held.left is None else _moved(held.left, self._device)
         right = None if held.right is None else held.right.to(self._device, non_blocking=True)
-        return Entry(_moved(held.dense, self._device), left, right)
+        return Entry(_moved(held.dense, self._device), left, right, held.added)
 
     def dense_of(self, key: Key) -> Rows:
         now = torch.cuda.current_stream(self._device)

@@ -122,11 +122,41 @@ class Blocks:
 
     def all_listed(self) -> Tensor:
         """int32 [B, H, rows, keys]: of each row first what is kept, then the other blocks, both ascending."""
-        kept = key_mask(self.kept, self.counts, self.keys)
-        behind = self.counts[..., None] + (~kept).cumsum(dim=3) - 1
-        place = torch.where(kept, kept.cumsum(dim=3) - 1, behind)
-        every = torch.arange(self.keys, dtype=torch.int32, device=kept.device).expand(kept.shape)
-        return torch.empty(kept.shape, dtype=torch.int32, device=kept.device).scatter_(3, place, every)
+        return _listed(key_mask(self.kept, self.counts, self.keys), self.counts)
+
+
+@dataclass(frozen=True)
+class PackedBlocks:
+    """What is kept, in a bit for each block: to be put by."""
+
+    bits: Tensor  # uint8 [B, H, rows, ceil(keys / 8)], the first block of eight in the lowest bit
+    counts: Tensor
+    block_q: int
+    block_k: int
+    keys: int
+
+    @classmethod
+    def of(cls, blocks: Blocks) -> PackedBlocks:
+        mask = torch.nn.functional.pad(key_mask(blocks.kept, blocks.counts, blocks.keys), (0, -blocks.keys % 8))
+        bits = (mask.unflatten(3, (-1, 8)) << _bits(mask.device)).sum(dim=4, dtype=torch.uint8)
+        return cls(bits, blocks.counts, blocks.block_q, blocks.block_k, blocks.keys)
+
+    def blocks(self) -> Blocks:
+        """Of each row all blocks are listed, those that are kept first."""
+        mask = (self.bits[..., None] >> _bits(self.bits.device) & 1).flatten(3)[..., : self.keys].bool()
+        return Blocks(_listed(mask, self.counts), self.counts, self.block_q, self.block_k, self.keys)
+
+
+def _bits(device: torch.device) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def _listed(kept: Tensor, counts: Tensor) -> Tensor:
+    """int32 [B, H, rows, keys] of a mask: of each row first what is kept, then the other blocks, both ascending."""
+    every = torch.arange(kept.shape[3], dtype=torch.int32, device=kept.device)
+    before = kept.cumsum(dim=3, dtype=torch.int32)  # and itself
+    place = torch.where(kept, before - 1, counts[..., None] + every - before).long()
+    return torch.empty(kept.shape, dtype=torch.int32, device=kept.device).scatter_(3, place, every.expand(kept.shape))
 
 
 @dataclass(frozen=True)

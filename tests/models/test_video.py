@@ -143,7 +143,7 @@ def test_a_residual_goes_where_the_plan_says_while_there_is_room(tiny, place, pl
     record = json.loads((tmp_path / "run.json").read_text())["attention"]["residual"]
     assert (record["place"], record["placed"], record["bytes"]) == (place, placed, outputs.cached[placed])
     assert [refresh["step"] for refresh in record["refreshes"]] == [0], "the other step is sparse"
-    assert record["refreshes"][0]["first"] > 0
+    assert record["refreshes"][0]["lost"] > 0
 
 
 def test_a_residual_that_has_no_room_goes_to_the_host_where_it_may_and_is_refused_where_it_may_not(tiny, monkeypatch):

@@ -170,13 +170,13 @@ def test_a_policy_that_this_version_does_not_know_is_refused(made):
 
 def test_a_residual_goes_through_the_manifest_with_what_was_measured_of_it():
     plan = AttentionPlan(TopK(0.15), 0.1, residual=Residual(3, 2, 8, 16, "auto"))
-    use = ResidualUse((Refresh(0, 0.123456, None), Refresh(4, 0.2, 0.1, 2)), 1234, "host")
+    use = ResidualUse((Refresh(0, 0.123456), Refresh(4, 0.2, 0.1, None, 2)), 1234, "host")
     record = AttentionRecord.of(plan, Density(0.23, 0.15, residual=use))
     assert record.plan() == plan
     again = AttentionRecord.model_validate_json(record.model_dump_json())
     assert again == record
     assert (again.residual.placed, again.residual.bytes) == ("host", 1234)
-    assert [(r.step, r.first, r.second, r.fell_back) for r in again.residual.refreshes] == [
+    assert [(r.step, r.lost, r.first_error, r.fell_back) for r in again.residual.refreshes] == [
         (0, 0.1235, None, 0),
         (4, 0.2, 0.1, 2),
     ]

@@ -10,10 +10,10 @@ and direction are read off the pixels by models/demo/video/measure.py, whose own
 Gradient energies are ratios to the same captions' rendered clips. `compression`: held-out prompts against full
 precision in float32, same seed; mean over prompts and seeds, `error` the least and the most. `residual`: sparse
 attention with and without what it loses cached, against the dense film of the same W8A8 model; `error` tells the
-density too, dense steps counted, and at refreshes behind others norms beside the dense answer's: what was `lost`, and
-`lost_anew` since the refresh before. `policies`: ways to choose the blocks that are kept, of the same model and against
-the same film; `error` tells the density of the sparse steps, `sparse`, and of all. Rows as in quant_runtime/report.py,
-in docs/results/demo_video_NAME-DEVICE.jsonl.
+density too, dense steps counted, and norms at the refreshes beside the dense answer's: what was `lost`, and how far off
+each order of the refresh before was by then. `policies`: ways to choose the blocks that are kept, of the same model and
+against the same film; `error` tells the density of the sparse steps, `sparse`, and of all. Rows as in
+quant_runtime/report.py, in docs/results/demo_video_NAME-DEVICE.jsonl.
 """
 
 from __future__ import annotations
@@ -216,11 +216,10 @@ def _seen(ran: list[Density]) -> dict[str, float]:
     """The density, and what was lost at the refreshes that had one before them: norms beside the dense answer's."""
     seen = {"effective_density": report.rounded(mean(one.effective for one in ran))}
     refreshes = [refresh for one in ran if one.residual for refresh in one.residual.refreshes]
-    later = [(refresh.first, refresh.second) for refresh in refreshes if refresh.second is not None]
-    if later:
-        seen["lost"] = report.rounded(mean(first for first, _ in later))
-        seen["lost_anew"] = report.rounded(mean(second for _, second in later))
-        seen["fell_back"] = sum(refresh.fell_back for refresh in refreshes)
+    for name in ("lost", "first_error", "second_error"):
+        values = [value for value in (getattr(refresh, name) for refresh in refreshes) if value is not None]
+        if values:
+            seen[name] = report.rounded(mean(values))
     return seen
 
 

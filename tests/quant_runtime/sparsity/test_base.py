@@ -3,6 +3,7 @@ import torch
 
 from quant_runtime.sparsity.base import (
     Blocks,
+    PackedBlocks,
     TokenLayout,
     blocks_with,
     every_block,
@@ -11,6 +12,7 @@ from quant_runtime.sparsity.base import (
     placeless,
     placeless_together,
 )
+from tests.quant_runtime.kernels.inputs import lists
 
 
 def test_a_layout_counts_its_tokens():
@@ -52,6 +54,18 @@ def test_all_blocks_are_listed_those_that_are_kept_first(device):
     listed = Blocks(kept.expand(2, 3, 3, 3), counts.expand(2, 3, 3), 16, 16, keys=4).all_listed()
     assert listed.dtype == torch.int32
     assert listed[1, 2].tolist() == [[1, 3, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("keys", [1, 7, 8, 21])
+def test_blocks_that_were_put_by_are_the_same_again(keys, device):
+    kept, counts = lists(2, 3, 5, keys, device)
+    blocks = Blocks(kept, counts, 64, 128, keys)
+    packed = PackedBlocks.of(blocks)
+    again = packed.blocks()
+    assert packed.bits.shape == (2, 3, 5, -(-keys // 8))
+    assert (again.block_q, again.block_k, again.keys) == (64, 128, keys)
+    assert torch.equal(again.counts, counts)
+    assert torch.equal(again.kept, blocks.all_listed())
 
 
 @pytest.mark.parametrize("wrong", [(0, 1, 1), (1, 1, 1, -1)])

@@ -74,7 +74,7 @@ def test_residuals_are_held_against_the_dense_film_of_the_same_weights(instead, 
     error = found["density 0.15, second order, rank 4", "PSNR"]["error"]
     assert error["effective_density"] > 0.7
     assert error["lost"] > 0
-    assert "lost" not in found["density 0.15, first order", "PSNR"]["error"]
+    assert "lost" not in found["density 0.15, no residual", "PSNR"]["error"]
 
 
 def test_policies_are_held_against_the_dense_film_of_the_same_weights(instead, tmp_path, monkeypatch):
