@@ -69,6 +69,7 @@ class DoubleBlock(Block):
             (attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k),
         ))  # fmt: skip
         out = attended(attn, qkv, norm, attn.norm_q.eps, rope, others)
+        del qkv, into  # the widest tensors of the block come next
         seen, read = out.tensor_split([-text.shape[1]], dim=1)
 
         video = self._fed_forward(block.ff, video, attn.to_out[0](seen), seen_by)
@@ -104,6 +105,7 @@ class SingleBlock(Block):
             mlp_rows, _ = normed(block.proj_mlp, x, shift, scale)
         qkv = attn.fused_qkv.product(rows, x.dtype).view(*x.shape[:2], -1)
         out = attended(attn, qkv, (attn.norm_q.weight, attn.norm_k.weight), attn.norm_q.eps, rope)
+        del qkv, rows  # the widest tensors of the block come next
         inner = block.proj_mlp.product(mlp_rows, x.dtype)
         y = bent(block.proj_out, inner, out.flatten(0, 1)).view_as(x)
         return self.streams.split(self.added(x, y, gate), video.shape[1])

@@ -46,6 +46,7 @@ class Block:
         rows, x = normed(attn.fused_qkv, x, shift, scale, lacking, its_gate, block.norm1.eps)
         qkv = attn.fused_qkv.product(rows, x.dtype).view(*x.shape[:2], -1)
         out = attended(attn, qkv, (attn.norm_q.weight, attn.norm_k.weight), attn.norm_q.eps, rope)
+        del qkv  # the widest tensors of the block come next
 
         offset, factor = (t.float().expand(len(x), -1) for t in (block.norm2.bias, block.norm2.weight))
         rows, x = normed(block.attn2.to_q, x, offset, factor - 1, attn.to_out[0](out), gate, block.norm2.eps)

@@ -24,12 +24,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from quant_runtime.kernels.residual_passes import Before, residual_differences, residual_entry
+
 Place = Literal["device", "host"]
 Key = tuple[int, int]  # layer and branch: the n-th call of a layer within a step is branch n
 AT_ONCE = 1 << 26  # floats of a tensor that a refresh works on at a time: some heads of one layer
 
 ROUNDS = 8  # of power iteration; what 16 of 128 vectors leave out is then within a few percent of the least there is
-SLICE = 2048  # tokens that are multiplied at a time for a Gram matrix
 
 
 @dataclass(frozen=True)
@@ -206,11 +207,6 @@ class Rows:
         self.scale[:, heads] = scale
         into.copy_((x / scale[..., None]).round_())
 
-    def read(self, heads: slice) -> Tensor:
-        """float32 [B, h, N, D], perhaps in place: not to be written to."""
-        values = self.values[:, :, heads].transpose(1, 2).float()
-        return values if self.scale is None else values.mul_(self.scale[:, heads, :, None])
-
     def tensors(self) -> list[Tensor]:
         return [self.values] if self.scale is None else [self.values, self.scale]
 
@@ -224,64 +220,35 @@ class Entry:
     right: Tensor | None = None  # V, float32 [B, H, D, r]
     added: Tensor | None = None  # float32 []: 1 where D V V^T is in C, 0 where C is of the first order
 
-    def trend(self, heads: slice) -> Tensor:
-        """float32 [B, h, N, D]: D V V^T."""
-        assert self.left is not None
-        assert self.right is not None
-        return self.left.read(heads) @ self.right[:, heads].mT
-
-    def delta(self, heads: slice) -> Tensor:
-        """float32 [B, h, N, D]: Delta when it was made, perhaps in place."""
-        whole = self.dense.read(heads)
-        return whole if self.added is None else whole - self.added * self.trend(heads)
+    def parts(self) -> Before:
+        left = None if self.left is None else (self.left.values, self.left.scale)
+        return (self.dense.values, self.dense.scale), left, self.right, self.added
 
 
 def refreshed(its: Residual, dense: Tensor, lost: Tensor, before: Entry | None) -> tuple[Entry, Tensor]:
     """The new cache; and float32 [5]: squared norms of Delta, of the errors of both orders before and of `dense`; and 1
     if it fell back.
 
-    In one pass over the differences for their Gram matrices, and in another to project: none of them is kept between.
+    The differences are formed in each of two passes, for their Gram matrices and to be projected, and kept in neither.
     """
-    size = lost.shape[3]
     squares = lost.new_zeros(5, dtype=torch.float32)
     squares[0] = torch.linalg.vector_norm(lost, dtype=torch.float32).square()
     squares[3] = torch.linalg.vector_norm(dense, dtype=torch.float32).square()
-    parts = _chunks(lost)
-    entry = Entry(Rows.like(lost, size, its.bits))
     if its.order == 1 or before is None:
-        for heads in parts:
+        entry = Entry(Rows.like(lost, lost.shape[3], its.bits))
+        for heads in _chunks(lost):
             entry.dense.write(heads, lost[:, heads].float())
         squares[4] = its.order == 2
         return entry, squares
 
-    grams = lost.new_empty(*lost.shape[:2], size, size, dtype=torch.float32)
-    for heads in parts:
-        difference = lost[:, heads].float() - before.delta(heads)
-        grams[:, heads] = gram(difference)
-        if before.left is not None:
-            squares[2] += (difference - before.trend(heads)).square().sum()
-    squares[1] = grams.diagonal(dim1=2, dim2=3).sum()
+    grams, found = residual_differences(lost, before.parts())
+    squares[1], squares[2] = found.unbind()
     nearer = squares[2] < squares[1] if before.left is not None else torch.zeros_like(squares[1])
     added = nearer.float()  # of the device alone: nothing is read back
     squares[4] = 1 - added
     right = leading(grams, its.rank)
-    entry = Entry(entry.dense, Rows.like(lost, its.rank, its.bits), right, added)
-    assert entry.left is not None
-    for heads in parts:
-        delta = lost[:, heads].float()
-        entry.left.write(heads, (delta - before.delta(heads)) @ right[:, heads])
-        entry.dense.write(
-            heads, delta + added * entry.trend(heads)
-        )  # as it was rounded: Delta comes back as C alone is
-    return entry, squares
-
-
-def gram(x: Tensor) -> Tensor:
-    """x^T x of float32 [B, H, N, D], in slices of tokens: one product a head would leave most of a GPU idle."""
-    whole = x.shape[2] // SLICE * SLICE
-    slices, rest = x[:, :, :whole].unflatten(2, (whole // SLICE, SLICE)), x[:, :, whole:]
-    found: Tensor = (slices.mT @ slices).sum(dim=2) + rest.mT @ rest
-    return found
+    dense_rows, left = residual_entry(lost, before.parts(), right, added, its.bits)
+    return Entry(Rows(*dense_rows), Rows(*left), right, added), squares
 
 
 def leading(grams: Tensor, rank: int) -> Tensor:

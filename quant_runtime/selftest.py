@@ -36,6 +36,8 @@ P_ROUNDED = 0.04  # attention_fp8 on a GPU: e4m3 has 3 bits behind the first, an
 FLIPS = 2e-3  # of whole numbers may fall to the other side of a half: a GPU fuses products and sums
 SHORT_SUMS = 2**-10, 0.05  # of scales, and of whole numbers: a GPU turns sums of 16-bit numbers in 11 bits
 V_ROUNDED = 0.02  # of FP8 values: one in some hundred lies at a half
+TENSOR_FLOAT = 2e-3  # a GPU multiplies float32 with 11 bits where it is told to
+INT8_STEP = 0.02  # of a cached residual: entries on the other side of a half
 CANCELLED = 1e-5  # how alike the tokens of a block are: of directions that cancel, a mean is a tenth of one
 OTHER_ROWS = 0.01  # of lists that hold a mass
 NEAR = 1e-4  # of the largest score: two blocks so close may change places when means are summed in another order
@@ -384,6 +386,30 @@ def _refreshed(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     return _worst(dense, Error(float((got[1].double() - want[1].double()).norm()) / size, 2 * dense.allowed))
 
 
+def _differing(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
+    """Sums of squares of what may have hardly changed: beside those of what it is the difference of."""
+    size = float(args[0].double().square().sum()) or 1.0
+    allowed = TENSOR_FLOAT if args[0].device.type == "cuda" else ROUNDING[torch.float32]
+    return _worst(
+        *(Error(float((g.double() - w.double()).norm()) / size, allowed) for g, w in zip(got, want, strict=True))
+    )
+
+
+def _kept(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
+    """Rows, their scales, the rows of another tensor and theirs: what they stand for, beside what was lost."""
+    size = float(args[0].double().norm()) or 1.0
+
+    def off(at: int) -> float:
+        real = []
+        for answer in (got, want):
+            values = answer[at].double().transpose(1, 2)
+            real.append(values * answer[at + 1].double()[..., None] if answer[at + 1].numel() else values)
+        return float((real[0] - real[1]).norm()) / size
+
+    allowed = INT8_STEP if got[0].dtype == torch.int8 else max(TENSOR_FLOAT, ROUNDING[got[0].dtype])
+    return _worst(Error(off(0), allowed), Error(off(2), allowed))
+
+
 def _packed(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     """In the order of pack_heads.Packed."""
     sums = [Error(relative(got[i], want[i]), ROUNDING[torch.float32]) for i in (1, 3, 5, 6, 7)]
@@ -441,6 +467,8 @@ JUDGES: dict[str, Judge] = {  # every op of _versions.OPS
     "pool_blocks": _floats(),
     "quantize_heads": _rounded(),
     "quantize_rows": _rounded(),
+    "residual_differences": _differing,
+    "residual_entry": _kept,
     "unpack": _same,
 }
 

@@ -30,6 +30,7 @@ from quant_runtime.kernels import (
     pack_heads,
     quantize_heads,
     quantize_rows,
+    residual_passes,
     unpack,
 )
 from quant_runtime.kernels._triton import TensorDescriptor, triton
@@ -53,6 +54,12 @@ def launches() -> Iterator[Callable[[], object]]:
     packed, factor = torch.zeros(96, 128, dtype=torch.uint8), torch.ones(256)
     signs = torch.ones(256, dtype=torch.int8)
     yield lambda: quantize_rows.launch(rows, 8, factor)
+    lost = torch.zeros(1, 300, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
+    values, left = (torch.zeros(1, 300, 2, width, dtype=torch.int8) for width in (128, 16))
+    per_row, right, one = torch.ones(1, 2, 300), torch.zeros(1, 2, 128, 16), torch.ones(())
+    cached = (lost, values, per_row, left, per_row, right, one)
+    yield lambda: residual_passes.launch_differences(*cached)
+    yield lambda: residual_passes.launch_entry(*cached, right, one, 8)
     yield lambda: hadamard.launch(rows.float(), signs, 256)
     yield lambda: hadamard_quantize.launch(rows, signs, 64, 4, factor)
     for inputs, block in ((3072, 1024), (12288, 4096), (5120, 1024)):  # as HunyuanVideo's and Wan's layers have them
@@ -157,6 +164,7 @@ def main() -> None:
         pack_heads,
         quantize_heads,
         quantize_rows,
+        residual_passes,
         unpack,
     ):
         record_kernels(module)
@@ -166,7 +174,7 @@ def main() -> None:
 
 def record_kernels(module: Any) -> None:
     names = ("_kernel", "_persistent", "_across", "_pool", "_select", "_choose")
-    for name in (*names, "_center", "_largest", "_together", "_pack"):
+    for name in (*names, "_center", "_largest", "_together", "_pack", "_differences", "_entry"):
         if hasattr(module, name):
             setattr(module, name, Recorder(getattr(module, name)))
 
