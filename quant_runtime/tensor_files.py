@@ -258,12 +258,22 @@ def _header(file: Path) -> dict[str, Stored]:
 class TensorWriter:
     """Files whose every byte has its place before the first is written: tensors come in any order, and more than once.
 
+    `said` are notes in each file's header.
+
     The files are NAME.safetensors, or above `shard_bytes` NAME-00001-of-00003.safetensors and so on with an index, in
     `folder`; space on the disk is taken at once, so that a full one is known from the start. Files that are there
     already, with the same headers, are gone on with.
     """
 
-    def __init__(self, folder: Path, name: str, blanks: Mapping[str, Blank], shard_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        blanks: Mapping[str, Blank],
+        shard_bytes: int,
+        said: Mapping[str, str] | None = None,
+    ) -> None:
+        self._said = {"format": "pt", **(said or {})}
         self.resumed = True  # every file was there, as large as it is now: what an earlier writer wrote is in it
         self._places: dict[str, Stored] = {}
         self._handles: dict[Path, int] = {}
@@ -284,7 +294,7 @@ class TensorWriter:
             (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
     def _begin(self, file: Path, shard: Mapping[str, Blank]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": self._said}
         end = 0
         for key, blank in shard.items():
             header[key] = _Entry(
