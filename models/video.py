@@ -40,11 +40,12 @@ from quant_runtime.convert import prepare
 from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.linear import QuantLinear, fusable, fuse
 from quant_runtime.memory import room
+from quant_runtime.narrow_linear import keep_narrow, narrowable
 from quant_runtime.paged import Pages, Read, page
 from quant_runtime.residual import Place
 from quant_runtime.selftest import Needs, Piece, layers_of, pieces, plan_of
 from quant_runtime.sparsity.base import TokenLayout
-from quant_runtime.tensor_files import TensorFiles, fill
+from quant_runtime.tensor_files import Blank, TensorFiles, fill
 
 ENCODER = "text_encoder"  # the folder of the large one
 INDEX = "model_index.json"  # what a folder's pipeline is, and of what parts
@@ -463,13 +464,9 @@ class PipelineFamily(ABC, Generic[M]):
         folder: Path,
         device: str,
         dtype: torch.dtype | dict[str, torch.dtype],
-        digests: Mapping[str, str] | None = None,
         given: Mapping[str, nn.Module] | None = None,
     ) -> M:
-        """`digests` as in `network`. Networks that shrink are loaded by us, first, and straight to the device.
-
-        Parts of the pipeline that are `given` are not read.
-        """
+        """Networks that shrink are loaded by us, first, and straight to the device. What is `given` is not read."""
         for library in (diffusers, transformers):  # their bars would be drawn across ours, and into a worker's log
             library.utils.logging.disable_progress_bar()
         self.check(folder)
@@ -479,8 +476,7 @@ class PipelineFamily(ABC, Generic[M]):
         parts = dict(given or {})
         for component in self.components(folder):
             if component not in parts:
-                asked = wanted.get(component, wanted["default"])
-                parts[component] = self.network(folder, component, device, asked, digests)
+                parts[component] = self.network(folder, component, device, wanted.get(component, wanted["default"]))
         try:
             pipe = pipeline.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -492,28 +488,38 @@ class PipelineFamily(ABC, Generic[M]):
         return self.model(pipe, serving, device)
 
     def network(
-        self, folder: Path, component: str, device: str, dtype: torch.dtype, digests: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        component: str,
+        device: str,
+        dtype: torch.dtype,
+        digests: Mapping[str, str] | None = None,
+        narrow: bool = False,
     ) -> nn.Module:
         """A network of a checkpoint or of an artifact, strictly, its floats as `dtype` but what it keeps wider.
 
+        Where it is to be `narrow`, large linear layers stay in the 16 bits in which they lie, and widen as they run.
         Tensors are read one by one and go straight to the device: beside them, the host holds one.
         `digests` has the SHA-256 of each file, by its path in the folder: one that is another is refused by name.
         """
         network = self._empty(folder, component)
         wide = set(self.transformer._keep_in_fp32_modules or ())
-
-        def place(key: str, tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
-                return tensor.to(device, copy=True)
-            return tensor.to(device, torch.float32 if wide & {*key.split(".")} else dtype, copy=True)
-
         held = TensorFiles.open(folder / component, self.weights).tensors.items()
         used = {key: its for key, its in held if not any(re.search(pattern, key) for pattern in self.ignored)}
+        large = [name for name in narrowable(network) if narrow and not wide & {*name.split(".")}]
+        keep_narrow(network, large)
+        stay = {f"{name}.weight" for name in large}
+
+        def kind(key: str, stored: Blank) -> torch.dtype:
+            if not stored.dtype.is_floating_point or (key in stay and stored.dtype.itemsize == 2):
+                return stored.dtype
+            return torch.float32 if wide & {*key.split(".")} else dtype
+
         own = None
         if digests is not None:
             own = {Path(name).name: its for name, its in digests.items() if Path(name).parent == Path(component)}
         with TensorFiles(used) as files:
-            fill(network, files, place, own)
+            fill(network, files, device, own, kind)
         return network.to(device)  # what no file holds
 
     def check(self, folder: Path) -> None:
@@ -555,12 +561,18 @@ class PipelineFamily(ABC, Generic[M]):
     def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> M:
         """In bfloat16 where the device multiplies it itself, else in float32.
 
-        On a CPU int8 layers come with float32 around them: there norms and roundings are faster so.
+        On a CPU int8 layers come with float32 around them: there norms and roundings are faster so. What is large among
+        it stays in 16 bits, so that a network takes the memory that the artifact has bytes.
         """
+        self.check(folder)
         half, around = fast_float(device), self.around(manifest, device)
-        own = [artifact.weights(manifest, component) for component in self.components(folder)]
-        digests = {name: digest for some in own for name, digest in some.items()} if check else None
-        model = self.load(folder, device, self.dtypes(around, half), digests)
+        dtypes, networks = self.dtypes(around, half), {}
+        for component in self.components(folder):
+            digests = artifact.weights(manifest, component) if check else None
+            its = dtypes.get(component, dtypes["default"])
+            narrow = device == "cpu" and bool(manifest.layers)
+            networks[component] = self.network(folder, component, device, its, digests, narrow)
+        model = self.load(folder, device, dtypes, given=networks)
         model.fuse_projections()
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
