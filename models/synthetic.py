@@ -76,10 +76,13 @@ def write(
 def write_whole(published: Published, folder: Path, limits: VideoLimits, on_bytes: OnBytes, *, seed: int = 0) -> None:
     """A Wan checkpoint that runs: this network with the text encoder and the autoencoder of the tiny one, and so fed.
 
-    In bfloat16; it films what `limits` has by default. FileExistsError where there is something.
+    In bfloat16; it films what `limits` has by default. FileExistsError where there is something, ValueError for a
+    network of another family, or two that take turns.
     """
     from models.wan import Serving, Wan
 
+    if (published.family, published.networks) != ("wan", 1):
+        raise ValueError(f"a network of Wan's kind, and one, can be made to run; got {published.family}")
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another name")
     family = Wan()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from models import stream, synthetic
+from models import stream, synthetic, tiny
+from models.published import PUBLISHED
 from models.wan import Wan
 from quant_runtime import report
 from quant_runtime.attention import AttentionPlan
@@ -60,6 +62,24 @@ def test_a_process_is_measured_alone():
     idle, large, seconds = json.loads(done.stdout)
     assert large > 900 * MIB > idle
     assert seconds >= 0.2
+
+
+def test_what_a_process_reads_and_writes_is_counted(tmp_path):
+    (tmp_path / "in").write_bytes(bytes(5 * MIB))
+    moves = "from pathlib import Path; Path('out').write_bytes(Path('in').read_bytes() * 2)"
+    done = bench.ran("sh", "-c", f'cd {tmp_path} && exec {sys.executable} -c "{moves}"')
+    assert 5 * MIB <= done.read < 6 * MIB
+    assert 10 * MIB <= done.written < 11 * MIB
+
+
+def test_calibrating_is_measured_with_all_that_it_reads_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(PUBLISHED, "small", WAN)
+    rows = [*bench.calibrate("small", tmp_path, 2, replace(tiny.LIMITS, steps=2))]
+    read, written, *_ = rows
+    assert [row["metric"] for row in rows] == ["read", "written", "time", "peak memory"]
+    assert read["value"] > read["baseline"]["value"] > 0
+    assert written["value"] > 0
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_process_that_fails_ends_the_measurement():
