@@ -18,7 +18,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +102,14 @@ def _quantized(name: str, asked: Asked, disk: Disk) -> Iterator[dict[str, Any]]:
         shutil.rmtree(out)
 
 
-def calibrate(name: str, scratch: Path, samples: int, limits: VideoLimits) -> Iterator[dict[str, Any]]:
+def calibrate(name: str, scratch: Path, samples: int, blocks: int, limits: VideoLimits) -> Iterator[dict[str, Any]]:
     """All that `lowbit quantize --stream` reads and writes with a method that calibrates, compressing included."""
     from models import synthetic
     from models.published import PUBLISHED
 
+    network = replace(PUBLISHED[name], config={**PUBLISHED[name].config, "num_layers": blocks})
     source, out = scratch / f"{name}-whole", scratch / f"{name}-smoothquant"
-    synthetic.write_whole(PUBLISHED[name], source, limits, lambda done, of: None)
+    synthetic.write_whole(network, source, limits, lambda done, of: None)
     with weights(source) as files:
         size = sum(stored.bytes for stored in files.tensors.values())
     forget(source)
@@ -116,9 +117,9 @@ def calibrate(name: str, scratch: Path, samples: int, limits: VideoLimits) -> It
     done = ran(*_lowbit("quantize", str(source), *options, "--device", "cpu"))
     for folder in (source, out):
         shutil.rmtree(folder)
-    case = f"{name}, {samples} samples of {limits.steps} steps"
-    network = ("the network", size / GIB)
-    yield report.row(case, "read", done.read / GIB, "GiB", "lower", samples=1, baseline=network)
+    case = f"{name}, {blocks} blocks, {samples} samples of {limits.steps} steps"
+    once = ("the network", size / GIB)
+    yield report.row(case, "read", done.read / GIB, "GiB", "lower", samples=1, baseline=once)
     yield report.row(case, "written", done.written / GIB, "GiB", "lower", samples=1)
     yield _time(case, done)
     yield _peak(case, "peak memory", done)
@@ -277,6 +278,7 @@ def main() -> None:
     run = kinds.add_parser("calibrate")
     run.add_argument("network", nargs="?", default="wan-2.1-1.3b", help="of Wan's kind, by its name in published.py")
     run.add_argument("--scratch", type=Path, required=True, help="has room for it twice")
+    run.add_argument("--blocks", type=int, default=30, help="of the network, so many of a published one's")
     run.add_argument("--samples", type=int, default=4)
     run.add_argument("--steps", type=int, default=2, help="of each, of two passes")
     run.add_argument("--frames", type=int, default=5)
@@ -297,7 +299,7 @@ def main() -> None:
     elif chosen.name == "calibrate":
         given = {"steps": chosen.steps, "frames": chosen.frames}
         limits = VideoLimits(size_multiple=16, max_pixels=320 * 192, max_side=320, max_frames=chosen.frames, **given)
-        rows = calibrate(chosen.network, chosen.scratch, chosen.samples, limits)
+        rows = calibrate(chosen.network, chosen.scratch, chosen.samples, chosen.blocks, limits)
     else:
         rows = load(chosen.folders)
     path = chosen.out / f"{chosen.name}-cpu.jsonl"

@@ -74,7 +74,7 @@ def test_what_a_process_reads_and_writes_is_counted(tmp_path):
 
 def test_calibrating_is_measured_with_all_that_it_reads_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "small", WAN)
-    rows = [*bench.calibrate("small", tmp_path, 2, replace(tiny.LIMITS, steps=2))]
+    rows = [*bench.calibrate("small", tmp_path, 2, 1, replace(tiny.LIMITS, steps=2))]
     read, written, *_ = rows
     assert [row["metric"] for row in rows] == ["read", "written", "time", "peak memory"]
     assert read["value"] > read["baseline"]["value"] > 0
