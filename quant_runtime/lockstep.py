@@ -21,6 +21,7 @@ from typing import IO, Any, Self
 import torch
 from torch import Tensor, UntypedStorage, nn
 
+from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.paged import Pages
 
 Known = Callable[[int, int], Tensor | None]  # (run, number of its guided pass): the answer, where it is known
@@ -270,6 +271,7 @@ class Lockstep:
         if self._here is not one:
             if self._here is not None and not self._here.done:
                 self._here.put_away()
+            give_back_freed_memory()  # each thread keeps its own, and what stays lies between what went
             one.fetch()
         self._here = one
         self._turn(one.call.run.number)
