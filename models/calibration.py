@@ -1,32 +1,62 @@
 """Calibration of a checkpoint that no memory holds: it runs with its weights on the disk, and what was seen is a file.
 
-The same observations as of the whole model, in the same order: the same numbers. Every pass reads the network once.
+The samples go through the network side by side (quant_runtime/lockstep.py): a step of all of them, guided or not, reads
+it once. Behind every such round all that was seen so far, and the network's answers, are on the disk. A calibration
+that was cut off films again with these answers, which takes no network, and goes on behind the last of them. The same
+observations as of the whole model: the same numbers.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Protocol, Self
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from models.base import Model
-from quant_runtime.calibrate import LayerStats, fingerprint, observe
+from models.base import Model, VideoInputs
+from quant_runtime.calibrate import LayerStats, Observer, fingerprint, observe
 from quant_runtime.kernels._cpu import give_back_freed_memory
-from quant_runtime.paged import Read
-from quant_runtime.tensor_files import TensorFiles
+from quant_runtime.lockstep import Lockstep
+from quant_runtime.paged import Pages, Read
+from quant_runtime.tensor_files import Blank, TensorFiles, TensorWriter
 
 TRIM_BYTES = 256 << 20  # of weights read and dropped between two times that the freed memory is given back
+WHOLE, BEGUN, ANSWERS = "statistics", "begun", "answers-{:05}"  # names of files
 
 OnRead = Callable[[int, int | None], None]  # (bytes of the network read, of about how many; None: not known yet)
-Opened = Callable[[Read], AbstractContextManager[Model]]  # the checkpoint's model, whose network's tensors are read so
+
+
+class Paged(Model, Protocol):
+    """A model whose network is on the disk."""
+
+    def calibration(self, number: int) -> VideoInputs:
+        """Of a calibration sample."""
+        ...
+
+    def denoise(self, inputs: VideoInputs) -> None:
+        """A run to the last step."""
+        ...
+
+    def beside(self, inputs: VideoInputs, gate: Callable[[Pages, int], Any]) -> Self:
+        """The same model for a run among others. `gate` makes what stands in it for a part that is on the disk.
+
+        It is told how often a step asks that part, each time of what was known before the first; 0 is of no step.
+        """
+        ...
+
+    def memo(self) -> Callable[[], None]:
+        """Puts back what a pass has set, after passes of others."""
+        ...
+
+
+Opened = Callable[[Read], AbstractContextManager[Paged]]  # the checkpoint's model, whose network's tensors are read so
 
 
 class Statistics:
@@ -37,37 +67,26 @@ class Statistics:
         self.fingerprint = seen  # calibrate.fingerprint of all
 
     @classmethod
-    def read(cls, file: Path, made_by: str) -> Self | None:
-        """None where there is no such file, or one that another command has made."""
-        if not file.is_file():
+    def read(cls, folder: Path, made_by: str) -> Self | None:
+        """None where there are none, or those that another command has made."""
+        said = _said(folder, WHOLE, made_by)
+        if said is None:
             return None
-        with safe_open(file, framework="pt") as opened:
-            said = opened.metadata() or {}
-        if said.get("made_by") != made_by:
-            return None
-        return cls(TensorFiles.open(file.parent, file.stem), json.loads(said["tokens"]), said["fingerprint"])
+        return cls(TensorFiles.open(folder, WHOLE), json.loads(said["tokens"]), said["fingerprint"])
 
     @staticmethod
-    def write(file: Path, stats: dict[str, LayerStats], made_by: str) -> None:
+    def write(folder: Path, stats: dict[str, LayerStats], made_by: str) -> None:
         """Whole and on the disk, or not there at all. OSError where there is no room."""
         tensors: dict[str, Tensor] = {}
         for name, its in stats.items():
             own = {"absmax": its.absmax, "weight_absmax": its.weight_absmax, "sample": its.sample}
-            tensors |= {f"{name}.{kind}": tensor.clone() for kind, tensor in own.items()}  # a group shares its maxima
+            tensors |= {f"{name}.{kind}": tensor for kind, tensor in own.items()}
         tokens = json.dumps({name: its.tokens for name, its in stats.items()})
-        said, aside = {"made_by": made_by, "tokens": tokens, "fingerprint": fingerprint(stats)}, _aside(file)
-        try:
-            save_file(tensors, aside, metadata=said)
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(errno.EIO, str(error), str(aside)) from error
-        _sync(aside)
-        aside.replace(file)
-        _sync(file.parent)
+        _write(folder, WHOLE, tensors, {"made_by": made_by, "tokens": tokens, "fingerprint": fingerprint(stats)})
 
     @staticmethod
-    def forget(file: Path) -> None:
-        for path in (file, _aside(file)):
-            path.unlink(missing_ok=True)
+    def forget(folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
 
     def of(self, layer: str) -> LayerStats:
         absmax, weights, sample = (
@@ -82,68 +101,145 @@ class Statistics:
         self._files.__exit__()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+class _Begun:
+    """What a calibration has come to: `rounds` are done, and so many bytes of the network were read."""
+
+    def __init__(self, folder: Path, made_by: str) -> None:
+        self.folder, self._made_by = folder, made_by
+        said = _said(folder, BEGUN, made_by)
+        self.rounds, self.bytes = (int(said["rounds"]), int(said["bytes"])) if said else (0, 0)
+        if not self.rounds:
+            Statistics.forget(folder)
+        folder.mkdir(exist_ok=True)
+        self._seen = TensorFiles.open(folder, BEGUN) if self.rounds else TensorFiles({})
+        answers = [self._answers_of(number) for number in range(self.rounds)]
+        for path in answers:
+            if not path.is_file():
+                raise ValueError(f"{path} is not there, and {BEGUN} speaks of it: the same command begins again")
+        self._answers = TensorFiles.among(answers)
+
+    def seen(self, key: str) -> Tensor | None:
+        return self._seen.read(key) if key in self._seen.tensors else None
+
+    def answer(self, run: int, number: int) -> Tensor | None:
+        key = f"{run}.{number}"
+        return self._answers.read(key) if key in self._answers.tensors else None
+
+    def save(self, state: Mapping[str, Tensor], answers: Mapping[tuple[int, int], Tensor], read: int) -> None:
+        """A round more. It counts once `state` is on the disk, and that comes after its answers."""
+        named = {f"{run}.{number}": tensor for (run, number), tensor in answers.items()}
+        _write(self.folder, ANSWERS.format(self.rounds), named, {})
+        self.rounds += 1
+        said = {"made_by": self._made_by, "rounds": str(self.rounds), "bytes": str(read)}
+        _write(self.folder, BEGUN, state, said)
+
+    def forget(self) -> None:
+        for number in range(self.rounds):
+            self._answers_of(number).unlink()
+        _file(self.folder, BEGUN).unlink()
+
+    def _answers_of(self, number: int) -> Path:
+        return _file(self.folder, ANSWERS.format(number))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._seen.__exit__()
+        self._answers.__exit__()
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def _said(folder: Path, name: str, made_by: str) -> dict[str, str] | None:
+    """The notes in a file of this name, where there is one, and made by this command."""
+    if not _file(folder, name).is_file():
+        return None
+    with safe_open(_file(folder, name), framework="pt") as opened:
+        said: dict[str, str] = opened.metadata()
+    return said if said.get("made_by") == made_by else None
+
+
+def _write(folder: Path, name: str, tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> None:
+    """Whole and on the disk, or what was there before."""
+    aside = f"{name}.aside"
+    blanks = {key: Blank(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    with TensorWriter(folder, aside, blanks, sum(blank.bytes for blank in blanks.values()), said) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+        writer.sync()
+    _file(folder, aside).replace(_file(folder, name))
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _aside(file: Path) -> Path:
-    return file.with_name(f"{file.name}.begun")
-
-
 def calibrated(
-    file: Path, made_by: str, opened: Opened, read: Read, layers: Sequence[str], samples: int, on_bytes: OnRead
+    folder: Path, made_by: str, opened: Opened, read: Read, layers: Sequence[str], samples: int, on_bytes: OnRead
 ) -> Statistics:
-    """What `layers` are fed by this many of the family's calibration samples: from `file`, or into it.
+    """What `layers` are fed by this many of the family's calibration samples: from `folder`, or into it.
 
     `made_by` stands for all that decides the numbers. `read` gives the network's tensors.
     """
-    found = Statistics.read(file, made_by)
+    found = Statistics.read(folder, made_by)
     if found is not None:
         return found
-    Statistics.write(file, _observed(opened, _Told(read, samples, on_bytes), layers, samples), made_by)
+    with _Begun(folder, made_by) as begun:
+        stats = _observed(opened, _Told(read, begun.bytes, on_bytes), begun, layers, samples)
+        Statistics.write(folder, stats, made_by)
+        begun.forget()
+    del stats
     give_back_freed_memory()
-    made = Statistics.read(file, made_by)
+    made = Statistics.read(folder, made_by)
     assert made is not None
     return made
 
 
-def _observed(opened: Opened, told: _Told, layers: Sequence[str], samples: int) -> dict[str, LayerStats]:
+def _observed(opened: Opened, told: _Told, begun: _Begun, layers: Sequence[str], samples: int) -> dict[str, LayerStats]:
     with opened(told.read) as model:
         told.watch(model)
-        return observe(model.network, layers, lambda: model.calibrate(samples, told.sampled), shared=model.shared())
+        return observe(model.network, layers, partial(_together, model, told, begun, samples), shared=model.shared())
+
+
+def _together(model: Paged, told: _Told, begun: _Begun, samples: int, seen: Observer) -> None:
+    seen.go_on_from(begun.seen)
+    with Lockstep(begun.folder, partial(setattr, seen, "run"), model.memo) as together:
+        asked = [model.calibration(number) for number in range(samples)]
+        runs = [
+            partial(model.beside(inputs, partial(together.gate, run)).denoise, inputs)
+            for run, inputs in enumerate(asked)
+        ]
+        together.go(runs, begun.answer, lambda answers: begun.save(seen.state(), answers, told.bytes))
 
 
 class _Told:
     """Counts what is read. How much it will be is told after the first step, and better after each: they are alike."""
 
-    def __init__(self, read: Read, samples: int, on_bytes: OnRead) -> None:
-        self._read, self._samples, self._on_bytes = read, samples, on_bytes
+    def __init__(self, read: Read, before: int, on_bytes: OnRead) -> None:
+        self._read, self._on_bytes = read, on_bytes
         self._model: Model | None = None
-        self._bytes = self._sample = self._passed = self._kept = 0
+        self._passed = self._kept = 0
         self._of: int | None = None
+        self.bytes = before
 
     def watch(self, model: Model) -> None:
         """What was read before is of no step."""
         self._model = model
 
-    def sampled(self, done: int, of: int) -> None:
-        self._sample = done
-
     def read(self, key: str) -> Tensor:
         tensor = self._read(key)
         if self._model is not None:
             state = self._model.attention
-            passed = self._sample * state.steps + state.step
-            if passed > self._passed:
-                self._passed, self._of = passed, round(self._bytes / passed * state.steps * self._samples)
+            if state.step > self._passed:
+                self._passed, self._of = state.step, round(self.bytes / state.step * state.steps)
             size = tensor.numel() * tensor.element_size()
-            self._bytes, self._kept = self._bytes + size, self._kept + size
+            self.bytes, self._kept = self.bytes + size, self._kept + size
             if self._kept >= TRIM_BYTES:  # rows that stay lie between weights that went: memory is freed in pieces
                 give_back_freed_memory()
                 self._kept = 0
-            self._on_bytes(self._bytes, self._of)
+            self._on_bytes(self.bytes, self._of)
         return tensor

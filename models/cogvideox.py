@@ -98,6 +98,10 @@ class CogVideoXModel(VideoModel):
         patch = self.network.config.patch_size
         return TokenLayout(*self.grid(inputs, (1, patch, patch)), text=self.serving.max_tokens, text_first=True)
 
+    def passes(self, inputs: VideoInputs) -> int:
+        """With and without the prompt go in one batch."""
+        return 1
+
     def asked(self, inputs: VideoInputs) -> dict[str, Any]:
         prompt, negative = self.pipe.encode_prompt(
             inputs.prompt,

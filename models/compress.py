@@ -18,7 +18,7 @@ from models.lora import Lora, Loras
 from quant_runtime import artifact
 from quant_runtime.artifact import AttentionRecord, Base, Manifest
 from quant_runtime.attention import AttentionPlan, SharedState
-from quant_runtime.calibrate import LayerStats, fingerprint, observe
+from quant_runtime.calibrate import LayerStats, Observer, fingerprint, observe
 from quant_runtime.convert import convert
 from quant_runtime.formats import W16A16, QuantFormat
 from quant_runtime.methods import Method, Rtn
@@ -88,8 +88,7 @@ def _written(
     full = model.outputs(recipe.judging_samples, partial(on_progress, "full precision"))
     stats: dict[str, LayerStats] = {}
     if layers:
-        calibrate = partial(model.calibrate, recipe.calibration_samples, partial(on_progress, "calibrate"))
-        stats = observe(model.network, layers, calibrate, shared=model.shared())
+        stats = observe(model.network, layers, partial(_calibrated, model, recipe, on_progress), shared=model.shared())
     plan = {name: (recipe.method, chosen[name]) for name in layers}
     reports = convert(model.network, plan, stats, lambda _, done, of: on_progress("quantize", done, of))
     manifest = Manifest(
@@ -121,6 +120,14 @@ def tabled(model: Model, plan: AttentionPlan, samples: int, on_sample: OnStep) -
     model.calibrate(samples, on_sample)
     model.attend(AttentionPlan())
     return replace(plan, policy=policy.settled(votes))
+
+
+def _calibrated(model: Model, recipe: Recipe, on_progress: OnProgress, seen: Observer) -> None:
+    def sampled(done: int, of: int) -> None:
+        seen.run = done
+        on_progress("calibrate", done, of)
+
+    model.calibrate(recipe.calibration_samples, sampled)
 
 
 def _moved(trial: Path, folder: Path) -> None:

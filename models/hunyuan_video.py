@@ -132,6 +132,9 @@ class HunyuanVideoModel(VideoModel):
             message = "this checkpoint has learned its guidance and takes no negative prompt; leave it out"
             raise BadInput("negative_prompt", message)
 
+    def passes(self, inputs: VideoInputs) -> int:
+        return 1 if self.network.config.guidance_embeds else super().passes(inputs)
+
     def asked(self, inputs: VideoInputs) -> dict[str, Any]:
         """A checkpoint that has not learned its guidance is guided by two passes a step."""
         asked = self._encoded(inputs.prompt)

@@ -2,7 +2,7 @@
 
 One layer is in memory at a time, read and written at its place in its file. The files grow in `.NAME.partial`, and
 beside it `.NAME.partial.jsonl` notes what is done: the same command goes on there after a crash, and ends with the same
-bytes. What calibration saw is in `.NAME.calibration.safetensors` by then. No film is judged.
+bytes. What calibration saw is in `.NAME.calibration`, of one that was cut off too. No film is judged.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from models import hub
-from models.base import Kind, Model, VideoLimits
-from models.calibration import OnRead, Statistics, calibrated
+from models.base import Kind, VideoLimits
+from models.calibration import OnRead, Paged, Statistics, calibrated
 from models.lora import Lora, Loras
 from quant_runtime import __version__, artifact
 from quant_runtime.artifact import AttentionRecord, Base, LayerRecord, Manifest
@@ -84,7 +84,7 @@ class Streamed(Protocol):
         """What requests the checkpoint takes."""
         ...
 
-    def paged(self, folder: Path, device: str, read: Read) -> AbstractContextManager[Model]:
+    def paged(self, folder: Path, device: str, read: Read) -> AbstractContextManager[Paged]:
         """The checkpoint in float32, ready to run, its network's tensors read by name as they are needed."""
         ...
 
@@ -145,7 +145,7 @@ def compress(
         prepare(network, specs)
         work = _Work(family, files, changes, specs, method, device, on_bytes, sync_bytes)
         partial = out.parent / f".{out.name}.partial"
-        seen = out.parent / f".{out.name}.calibration.safetensors"
+        seen = out.parent / f".{out.name}.calibration"
         made_by = work.fingerprint(base, *((samples, _around(source)) if method.calibrated else ()))
         with _journal(partial.with_name(f"{partial.name}.jsonl"), made_by) as journal, ExitStack() as stack:
             try:

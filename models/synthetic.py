@@ -1,7 +1,7 @@
 """Checkpoints of the published networks at their true sizes, with random weights: for tests and measurements.
 
 A folder as the hub has it, of its transformer alone, or of both: configs, shards under the hub's names and of its
-sizes, their index. One tensor is in memory at a time.
+sizes, their index. `write_whole` has small parts around it, so that it runs. One tensor is in memory at a time.
 
 Values are normal, drawn once into a pool; each tensor takes them from there, from a place of its own on, around and
 around, times its layer's scale. So 24 GiB come as fast as the disk takes them. What can be told from such weights:
@@ -16,6 +16,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ import diffusers
 import torch
 from torch import Tensor
 
+from models.base import VideoLimits
 from models.published import Published
+from models.video import write_serving
 from quant_runtime.tensor_files import Blank, TensorWriter
 
 COMPONENTS, WEIGHTS = ("transformer", "transformer_2"), "diffusion_pytorch_model"  # diffusers' names
@@ -68,6 +71,27 @@ def write(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def write_whole(published: Published, folder: Path, limits: VideoLimits, on_bytes: OnBytes, *, seed: int = 0) -> None:
+    """A Wan checkpoint that runs: this network with the text encoder and the autoencoder of the tiny one, and so fed.
+
+    In bfloat16; it films what `limits` has by default. FileExistsError where there is something, ValueError for a
+    network of another family, or two that take turns.
+    """
+    from models.wan import Serving, Wan
+
+    if (published.family, published.networks) != ("wan", 1):
+        raise ValueError(f"a network of Wan's kind, and one, can be made to run; got {published.family}")
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another name")
+    family = Wan()
+    family.tiny(folder)
+    fed = {name: family.config(folder, family.component)[name] for name in ("in_channels", "out_channels", "text_dim")}
+    network = replace(published, config={**published.config, **fed}).on_meta()
+    shutil.rmtree(folder / family.component)
+    write_network(network, folder / family.component, torch.bfloat16, published.shard_bytes, seed, on_bytes)
+    write_serving(folder, Serving(limits=limits, max_tokens=family.served(folder).max_tokens))
 
 
 def _of_all(on_bytes: OnBytes, number: int, networks: int, done: int, of: int) -> None:

@@ -40,6 +40,7 @@ from quant_runtime import artifact
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, describe_paths
 from quant_runtime.linear import QuantLinear
+from quant_runtime.narrow_linear import LARGE
 from quant_runtime.selftest import Layer, Needs, Piece, distinct, layers_of, pieces, plan_of, quantized
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.sparsity.dense import Dense
@@ -398,14 +399,14 @@ def floats_of(network: VGGT) -> list[tuple[str, Tensor]]:
 
 
 def _spare_small_work(model: VggtModel) -> None:
-    """What int8 and fused attention are too much effort for, on a CPU."""
+    """What int8 and fused attention are too much effort for, on a CPU. Layers that are LARGE in float32 stay int8."""
     for name, layer in list(model.net.camera_head.named_modules()):
-        if isinstance(layer, QuantLinear):
+        if isinstance(layer, QuantLinear) and layer.in_features * layer.out_features < LARGE:
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             plain.weight = nn.Parameter(layer.effective_weight(), requires_grad=False)
             plain.register_parameter("bias", layer.bias)
             model.net.camera_head.set_submodule(name, plain)
-    model.kernels = model.kernels | {"camera head": "float32, the artifact's weights: a row a view"}
+    model.kernels = model.kernels | {"camera head": "float32 where it is small, the artifact's weights: a row a view"}
     if fast_float("cpu") == torch.bfloat16:
         for block in model.net.aggregator.patch_embed.blocks:
             assert isinstance(block, Block)

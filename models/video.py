@@ -10,8 +10,9 @@ import json
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,11 +40,12 @@ from quant_runtime.convert import prepare
 from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.linear import QuantLinear, fusable, fuse
 from quant_runtime.memory import room
-from quant_runtime.paged import Read, page
+from quant_runtime.narrow_linear import keep_narrow, narrowable
+from quant_runtime.paged import Pages, Read, page
 from quant_runtime.residual import Place
 from quant_runtime.selftest import Needs, Piece, layers_of, pieces, plan_of
 from quant_runtime.sparsity.base import TokenLayout
-from quant_runtime.tensor_files import TensorFiles, fill
+from quant_runtime.tensor_files import Blank, TensorFiles, fill
 
 ENCODER = "text_encoder"  # the folder of the large one
 INDEX = "model_index.json"  # what a folder's pipeline is, and of what parts
@@ -141,6 +143,7 @@ class VideoModel(ABC):
 
     def __init__(self, pipe: Any, serving: Serving, device: str) -> None:
         self.pipe, self.serving = pipe, serving
+        self.pages: Mapping[str, Pages] = {}  # parts of the pipeline that lie on the disk
         self.kernels = describe_paths(device)
         self.network: Any = self.denoiser(pipe)
         pipe.set_progress_bar_config(disable=True)
@@ -295,36 +298,54 @@ class VideoModel(ABC):
         return self.serving.limits
 
     def calibrate(self, samples: int, on_sample: OnStep) -> None:
-        """Short runs (8 steps at most) of the default size: each prompt sees noise of every level. None is decoded."""
+        for number in range(samples):
+            self.denoise(self.calibration(number))
+            on_sample(number + 1, samples)
+
+    def calibration(self, number: int) -> VideoInputs:
+        """Of a short run (8 steps at most) of the default size: each prompt sees noise of every level."""
         serving, steps = self.serving, min(8, self.limits().steps)
-        self._films(serving.calibration, serving.calibration_images, samples, steps, on_sample, decode=False)
+        return self._sample(serving.calibration, serving.calibration_images, number, steps)
+
+    def denoise(self, inputs: VideoInputs) -> None:
+        """A film that nobody sees: none of it is decoded."""
+        with suppress(_Denoised):
+            self.film(inputs, _denoised)
 
     def outputs(self, samples: int, on_sample: OnStep) -> list[Tensor]:
         """uint8 [T, H, W, 3] of each judging prompt and its image, seed 0 and up, defaults throughout."""
-        serving = self.serving
-        return self._films(serving.judging, serving.judging_images, samples, serving.limits.steps, on_sample)
-
-    def _films(
-        self,
-        prompts: Sequence[str],
-        images: Images,
-        samples: int,
-        steps: int,
-        on_sample: OnStep,
-        decode: bool = True,
-    ) -> list[Tensor]:
-        size, films = self.limits(), []
-        for i in range(samples):
-            inputs = VideoInputs(
-                prompt=prompts[i % len(prompts)], width=size.width, height=size.height, frames=size.frames,
-                fps=size.fps, steps=steps, guidance=size.guidance, seed=i,
-                image=images[i % len(images)] if images else None,
-            )  # fmt: skip
-            with suppress(_Denoised):
-                film = self.film(inputs, (lambda done, of: None) if decode else _denoised)
-                films.append(torch.from_numpy(film.frames))
-            on_sample(i + 1, samples)
+        serving, films = self.serving, []
+        for number in range(samples):
+            inputs = self._sample(serving.judging, serving.judging_images, number, serving.limits.steps)
+            films.append(torch.from_numpy(self.film(inputs, lambda done, of: None).frames))
+            on_sample(number + 1, samples)
         return films
+
+    def _sample(self, prompts: Sequence[str], images: Images, number: int, steps: int) -> VideoInputs:
+        size = self.limits()
+        return VideoInputs(
+            prompt=prompts[number % len(prompts)], width=size.width, height=size.height, frames=size.frames,
+            fps=size.fps, steps=steps, guidance=size.guidance, seed=number,
+            image=images[number % len(images)] if images else None,
+        )  # fmt: skip
+
+    def passes(self, inputs: VideoInputs) -> int:
+        """How often a step asks the network, each time of what it knew before the first."""
+        return 2 if inputs.guidance > 1 else 1
+
+    def beside(self, inputs: VideoInputs, gate: Callable[[Pages, int], Any]) -> Self:
+        """The same model for a run among others: pipelines of its own, in which gates stand for what is on the disk."""
+        passes, own = self.passes(inputs), [*networks(self.network).values()]
+        return self.split({part: gate(its, passes if its.network in own else 0) for part, its in self.pages.items()})
+
+    def split(self, gated: Mapping[str, Any]) -> Self:
+        twin = copy(self)
+        twin.pipe = split(self.pipe, gated)
+        return twin
+
+    def memo(self) -> Callable[[], None]:
+        """Puts back what a pass has set, after passes of others."""
+        return partial(setattr, self, "layout", self.layout)
 
     def run(self, inputs: VideoInputs | SceneInputs, folder: Path, on_step: OnStep) -> Outputs:
         """video.mp4, poster.jpg and run.json."""
@@ -443,13 +464,9 @@ class PipelineFamily(ABC, Generic[M]):
         folder: Path,
         device: str,
         dtype: torch.dtype | dict[str, torch.dtype],
-        digests: Mapping[str, str] | None = None,
         given: Mapping[str, nn.Module] | None = None,
     ) -> M:
-        """`digests` as in `network`. Networks that shrink are loaded by us, first, and straight to the device.
-
-        Parts of the pipeline that are `given` are not read.
-        """
+        """Networks that shrink are loaded by us, first, and straight to the device. What is `given` is not read."""
         for library in (diffusers, transformers):  # their bars would be drawn across ours, and into a worker's log
             library.utils.logging.disable_progress_bar()
         self.check(folder)
@@ -459,8 +476,7 @@ class PipelineFamily(ABC, Generic[M]):
         parts = dict(given or {})
         for component in self.components(folder):
             if component not in parts:
-                asked = wanted.get(component, wanted["default"])
-                parts[component] = self.network(folder, component, device, asked, digests)
+                parts[component] = self.network(folder, component, device, wanted.get(component, wanted["default"]))
         try:
             pipe = pipeline.from_pretrained(folder, **parts, dtype=dtype, local_files_only=True)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -472,28 +488,38 @@ class PipelineFamily(ABC, Generic[M]):
         return self.model(pipe, serving, device)
 
     def network(
-        self, folder: Path, component: str, device: str, dtype: torch.dtype, digests: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        component: str,
+        device: str,
+        dtype: torch.dtype,
+        digests: Mapping[str, str] | None = None,
+        narrow: bool = False,
     ) -> nn.Module:
         """A network of a checkpoint or of an artifact, strictly, its floats as `dtype` but what it keeps wider.
 
+        Where it is to be `narrow`, large linear layers stay in the 16 bits in which they lie, and widen as they run.
         Tensors are read one by one and go straight to the device: beside them, the host holds one.
         `digests` has the SHA-256 of each file, by its path in the folder: one that is another is refused by name.
         """
         network = self._empty(folder, component)
         wide = set(self.transformer._keep_in_fp32_modules or ())
-
-        def place(key: str, tensor: Tensor) -> Tensor:
-            if not tensor.is_floating_point():
-                return tensor.to(device, copy=True)
-            return tensor.to(device, torch.float32 if wide & {*key.split(".")} else dtype, copy=True)
-
         held = TensorFiles.open(folder / component, self.weights).tensors.items()
         used = {key: its for key, its in held if not any(re.search(pattern, key) for pattern in self.ignored)}
+        large = [name for name in narrowable(network) if narrow and not wide & {*name.split(".")}]
+        keep_narrow(network, large)
+        stay = {f"{name}.weight" for name in large}
+
+        def kind(key: str, stored: Blank) -> torch.dtype:
+            if not stored.dtype.is_floating_point or (key in stay and stored.dtype.itemsize == 2):
+                return stored.dtype
+            return torch.float32 if wide & {*key.split(".")} else dtype
+
         own = None
         if digests is not None:
             own = {Path(name).name: its for name, its in digests.items() if Path(name).parent == Path(component)}
         with TensorFiles(used) as files:
-            fill(network, files, place, own)
+            fill(network, files, device, own, kind)
         return network.to(device)  # what no file holds
 
     def check(self, folder: Path) -> None:
@@ -535,12 +561,18 @@ class PipelineFamily(ABC, Generic[M]):
     def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> M:
         """In bfloat16 where the device multiplies it itself, else in float32.
 
-        On a CPU int8 layers come with float32 around them: there norms and roundings are faster so.
+        On a CPU int8 layers come with float32 around them: there norms and roundings are faster so. What is large among
+        it stays in 16 bits, so that a network takes the memory that the artifact has bytes.
         """
+        self.check(folder)
         half, around = fast_float(device), self.around(manifest, device)
-        own = [artifact.weights(manifest, component) for component in self.components(folder)]
-        digests = {name: digest for some in own for name, digest in some.items()} if check else None
-        model = self.load(folder, device, self.dtypes(around, half), digests)
+        dtypes, networks = self.dtypes(around, half), {}
+        for component in self.components(folder):
+            digests = artifact.weights(manifest, component) if check else None
+            its = dtypes.get(component, dtypes["default"])
+            narrow = device == "cpu" and bool(manifest.layers)
+            networks[component] = self.network(folder, component, device, its, digests, narrow)
+        model = self.load(folder, device, dtypes, given=networks)
         model.fuse_projections()
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
@@ -591,7 +623,7 @@ class PipelineFamily(ABC, Generic[M]):
 
     @contextmanager
     def paged(self, folder: Path, device: str, read: Read) -> Iterator[M]:
-        """The model that `load` gives in float32, while its network and its text encoder stay on the disk.
+        """The model that `load` gives in float32, while its network and its text encoder stay on the disk: its `pages`.
 
         `read` gives the network's tensors by name. Another part of the pipeline is in memory as a whole.
         """
@@ -603,11 +635,13 @@ class PipelineFamily(ABC, Generic[M]):
             missing = sorted(set(own.values()) - files.tensors.keys())
             if missing:
                 raise ValueError(f"{folder / ENCODER} has no {', '.join(missing[:5])}")
+            pages = {ENCODER: page(encoder, lambda key: files.read(own[key]), device)}
             for component, network in networks.items():
                 prefix = f"{component}." if len(networks) > 1 else ""
-                page(network, partial(_read, read, prefix), device)
-            page(encoder, lambda key: files.read(own[key]), device)
-            yield self.load(folder, device, torch.float32, given={**networks, ENCODER: encoder})
+                pages[component] = page(network, partial(_read, read, prefix), device)
+            model = self.load(folder, device, torch.float32, given={**networks, ENCODER: encoder})
+            model.pages = pages
+            yield model
 
     def skeleton(self, folder: Path) -> nn.Module:
         """The network by its config, on the meta device but for what no file holds, or an nn.ModuleDict of two."""
@@ -653,6 +687,13 @@ class PipelineFamily(ABC, Generic[M]):
     @abstractmethod
     def tiny(self, folder: Path) -> None:
         """Write a checkpoint with random weights and the real layout, small enough for a test."""
+
+
+def split(pipe: Any, gated: Mapping[str, Any]) -> Any:
+    """A pipeline of the same parts, but for a scheduler of its own and what is `gated`, by the parts' names."""
+    twin = copy(pipe)
+    vars(twin).update(gated, scheduler=deepcopy(pipe.scheduler))
+    return twin
 
 
 def _read(read: Read, prefix: str, key: str) -> Tensor:

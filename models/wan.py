@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import pydantic
 import torch
@@ -140,6 +140,12 @@ class WanModel(VideoModel):
 
     def expected(self, inputs: VideoInputs) -> TokenLayout:
         return TokenLayout(*self.grid(inputs, self.pipe.transformer.config.patch_size))
+
+    def split(self, gated: Mapping[str, Any]) -> Self:
+        twin = super().split(gated)
+        own = [twin.pipe if one is self.pipe else video.split(one, gated) for one in (self.from_text, self.from_image)]
+        twin.from_text, twin.from_image = own
+        return twin
 
     def pipeline(self, inputs: VideoInputs) -> Any:
         return self.from_text if inputs.image is None else self.from_image

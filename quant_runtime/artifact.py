@@ -419,7 +419,7 @@ def load_into(
     digests = {PurePosixPath(name).name: digest for name, digest in own.items()} if check else None
     try:
         with TensorFiles.among(folder / name for name in own) as files:
-            fill(model, files, lambda _, tensor: tensor.to(device, copy=True), digests)
+            fill(model, files, device, digests)
     except ValueError as error:
         raise ArtifactError(f"{folder}: {error}") from None
     return manifest

@@ -148,14 +148,19 @@ class TensorFiles:
         """The tensor, in memory of its own."""
         return self._read(self.tensors[key], torch.empty(self.tensors[key].bytes, dtype=torch.uint8))
 
-    def stream(self, digests: Mapping[str, str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def stream(
+        self, digests: Mapping[str, str] | None = None, stays: Callable[[str], bool] = lambda key: False
+    ) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, file by file and in the order in which they lie there, each in the place of the one before.
 
-        What is kept of it is a copy: memory of its own for each would come back in pieces between those that stay.
+        One that `stays`, by its name, is in memory of its own. What is kept of another is a copy: memory of its own for
+        each would come back in pieces between those that stay.
+
         `digests` has each file's SHA-256, by its name. They are of the same reading: ValueError by name behind the last
         tensor of a file that is not the one that was meant. What came of it before is to be thrown away.
         """
-        buffer = torch.empty(max((stored.bytes for stored in self.tensors.values()), default=0), dtype=torch.uint8)
+        passing = [stored.bytes for key, stored in self.tensors.items() if not stays(key)]
+        buffer = torch.empty(max(passing, default=0), dtype=torch.uint8)
         for file in self.files():
             held = sorted((key for key, its in self.tensors.items() if its.file == file), key=self._offset)
             digest = hashlib.sha256()
@@ -163,7 +168,7 @@ class TensorFiles:
                 digest.update(self._bytes(file, 0, torch.empty(self._offset(held[0]), dtype=torch.uint8)))
             for key in held:
                 stored = self.tensors[key]
-                raw = buffer[: stored.bytes]
+                raw = torch.empty(stored.bytes, dtype=torch.uint8) if stays(key) else buffer[: stored.bytes]
                 tensor = self._read(stored, raw)
                 if digests is not None:
                     digest.update(raw.numpy().data)
@@ -210,16 +215,26 @@ class TensorFiles:
 def fill(
     network: nn.Module,
     files: TensorFiles,
-    place: Callable[[str, Tensor], Tensor],
+    device: torch.device | str,
     digests: Mapping[str, str] | None = None,
+    kind: Callable[[str, Blank], torch.dtype] = lambda key, stored: stored.dtype,
 ) -> None:
     """Every tensor of the network, which may be on the meta device, becomes that of the files, strictly.
 
-    `place` is given its name and the tensor as `TensorFiles.stream` has it, and returns a copy on the device and as the
-    float that it is to be: beside these, the host holds one tensor. `digests` as there.
+    They go to `device` one by one, each in the `kind` that is said of its name and of what is stored. Beside them the
+    host holds one tensor; on a CPU one that is in another kind there, for what stays as it lies is read where it stays.
+    `digests` as in `TensorFiles.stream`.
     """
     files.check(network.state_dict())
-    state = {key: place(key, tensor) for key, tensor in files.stream(digests)}
+    kinds = {key: kind(key, stored) for key, stored in files.tensors.items()}
+
+    def stays(key: str) -> bool:
+        return torch.device(device).type == "cpu" and kinds[key] == files.tensors[key].dtype
+
+    state = {
+        key: tensor if stays(key) else tensor.to(device, kinds[key], copy=True)
+        for key, tensor in files.stream(digests, stays)
+    }
     network.load_state_dict(state, strict=True, assign=True)
     network.requires_grad_(False)
 
@@ -258,12 +273,22 @@ def _header(file: Path) -> dict[str, Stored]:
 class TensorWriter:
     """Files whose every byte has its place before the first is written: tensors come in any order, and more than once.
 
+    `said` are notes in each file's header.
+
     The files are NAME.safetensors, or above `shard_bytes` NAME-00001-of-00003.safetensors and so on with an index, in
     `folder`; space on the disk is taken at once, so that a full one is known from the start. Files that are there
     already, with the same headers, are gone on with.
     """
 
-    def __init__(self, folder: Path, name: str, blanks: Mapping[str, Blank], shard_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        blanks: Mapping[str, Blank],
+        shard_bytes: int,
+        said: Mapping[str, str] | None = None,
+    ) -> None:
+        self._said = {"format": "pt", **(said or {})}
         self.resumed = True  # every file was there, as large as it is now: what an earlier writer wrote is in it
         self._places: dict[str, Stored] = {}
         self._handles: dict[Path, int] = {}
@@ -284,7 +309,7 @@ class TensorWriter:
             (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
 
     def _begin(self, file: Path, shard: Mapping[str, Blank]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": self._said}
         end = 0
         for key, blank in shard.items():
             header[key] = _Entry(

@@ -1,7 +1,8 @@
 """python -m service.bench quantize NAME ...: checkpoints of full size, with random weights, become artifacts.
 
 One after the other `lowbit dev synth` makes it, `lowbit quantize --stream` compresses it, and it is removed. `python -m
-service.bench load ARTIFACT ...` opens the networks of artifacts, on a CPU, with and without their hashes. Rows as in
+service.bench load ARTIFACT ...` opens the networks of artifacts, on a CPU, with and without their hashes. `python -m
+service.bench calibrate` runs a published network, with small parts around it, from the disk. Rows as in
 quant_runtime/report.py. Each command is a process of its own: peak memory is its `ru_maxrss`, in which mapped pages
 count. The disk is tried alone in the same run, over 2 GiB, and files are dropped from the page cache before they are
 read; what a machine below keeps of them cannot be.
@@ -17,12 +18,13 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from models.base import VideoLimits
 from quant_runtime import artifact, report
 from quant_runtime.artifact import Manifest
 from quant_runtime.tensor_files import TensorFiles
@@ -41,6 +43,8 @@ class Ran:
     seconds: float
     cpu_seconds: float
     peak: int  # bytes
+    read: int  # bytes, of whatever files, wherever they came from
+    written: int
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,29 @@ def _quantized(name: str, asked: Asked, disk: Disk) -> Iterator[dict[str, Any]]:
         shutil.rmtree(out)
 
 
+def calibrate(name: str, scratch: Path, samples: int, blocks: int, limits: VideoLimits) -> Iterator[dict[str, Any]]:
+    """All that `lowbit quantize --stream` reads and writes with a method that calibrates, compressing included."""
+    from models import synthetic
+    from models.published import PUBLISHED
+
+    network = replace(PUBLISHED[name], config={**PUBLISHED[name].config, "num_layers": blocks})
+    source, out = scratch / f"{name}-whole", scratch / f"{name}-smoothquant"
+    synthetic.write_whole(network, source, limits, lambda done, of: None)
+    with weights(source) as files:
+        size = sum(stored.bytes for stored in files.tensors.values())
+    forget(source)
+    options = ("--method", "smoothquant", "--calibration-samples", str(samples), "--stream", "--out", str(out))
+    done = ran(*_lowbit("quantize", str(source), *options, "--device", "cpu"))
+    for folder in (source, out):
+        shutil.rmtree(folder)
+    case = f"{name}, {blocks} blocks, {samples} samples of {limits.steps} steps"
+    once = ("the network", size / GIB)
+    yield report.row(case, "read", done.read / GIB, "GiB", "lower", samples=1, baseline=once)
+    yield report.row(case, "written", done.written / GIB, "GiB", "lower", samples=1)
+    yield _time(case, done)
+    yield _peak(case, "peak memory", done)
+
+
 def weights(folder: Path) -> TensorFiles:
     """Of all networks, named as a manifest's layers are: where there are two, by their folders."""
     parts = sorted(path.name for path in folder.glob("transformer*"))
@@ -130,7 +157,7 @@ WAYS = {
     "imports": "imports alone",
     "checked": "hashes checked",
     "unchecked": "hashes not checked",
-    "widened": "hashes checked, floats to float32",  # as a worker on a CPU has them
+    "worker": "as a worker on a CPU has it",  # small floats in float32
 }
 
 
@@ -148,7 +175,7 @@ def load(folders: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def opened(folder: Path, way: str) -> None:
-    """The network of an artifact on the CPU, in its own 16 bits or in float32: what one of `load`'s processes does."""
+    """The network of an artifact on the CPU, in its own 16 bits or as a worker has it: one of `load`'s processes."""
     from models import registry
     from quant_runtime.kernels._cpu import keep_freed_memory
 
@@ -162,8 +189,9 @@ def opened(folder: Path, way: str) -> None:
     check = way != "unchecked"
     if check:
         artifact.verify(folder, manifest, later=own)
-    dtype = torch.float32 if way == "widened" else family.stored
-    held = [family.network(folder, part, "cpu", dtype, own if check else None) for part in components]
+    worker = way == "worker"
+    dtype = torch.float32 if worker else family.stored
+    held = [family.network(folder, part, "cpu", dtype, own if check else None, worker) for part in components]
     assert len(held) == len(components)  # all of them at once
 
 
@@ -171,11 +199,14 @@ def ran(*command: str) -> Ran:
     """A process to its end. (Linux counts into its peak what this one held when it started it: little beside it.)"""
     begun = time.perf_counter()
     process = subprocess.Popen(command, env=child.environment())
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    moved = dict(line.split(": ") for line in Path(f"/proc/{process.pid}/io").read_text().splitlines())
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise ValueError(f"{' '.join(command)} ended with {process.returncode}")
-    return Ran(time.perf_counter() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    seconds, cores = time.perf_counter() - begun, usage.ru_utime + usage.ru_stime
+    return Ran(seconds, cores, usage.ru_maxrss * 1024, int(moved["rchar"]), int(moved["wchar"]))
 
 
 def tried(folder: Path) -> Disk:
@@ -244,9 +275,16 @@ def main() -> None:
     made.add_argument("--bits", default="w4a8")
     made.add_argument("--dtype", help="of the checkpoint; as published where it is left out")
     made.add_argument("--keep", action="store_true", help="the artifacts")
+    run = kinds.add_parser("calibrate")
+    run.add_argument("network", nargs="?", default="wan-2.1-1.3b", help="of Wan's kind, by its name in published.py")
+    run.add_argument("--scratch", type=Path, required=True, help="has room for it twice")
+    run.add_argument("--blocks", type=int, default=30, help="of the network, so many of a published one's")
+    run.add_argument("--samples", type=int, default=4)
+    run.add_argument("--steps", type=int, default=2, help="of each, of two passes")
+    run.add_argument("--frames", type=int, default=5)
     held = kinds.add_parser("load")
     held.add_argument("folders", nargs="+", type=Path, metavar="ARTIFACT")
-    for measured in (made, held):
+    for measured in (made, run, held):
         measured.add_argument("--out", type=Path, default=Path("docs/results"))
     one = kinds.add_parser("open", help="no measurement: what `load` measures")
     one.add_argument("folder", type=Path, metavar="ARTIFACT")
@@ -258,6 +296,10 @@ def main() -> None:
     if chosen.name == "quantize":
         asked = Asked(chosen.scratch, chosen.method, chosen.bits, chosen.dtype, chosen.keep)
         rows = quantize(chosen.names, asked)
+    elif chosen.name == "calibrate":
+        given = {"steps": chosen.steps, "frames": chosen.frames}
+        limits = VideoLimits(size_multiple=16, max_pixels=320 * 192, max_side=320, max_frames=chosen.frames, **given)
+        rows = calibrate(chosen.network, chosen.scratch, chosen.samples, chosen.blocks, limits)
     else:
         rows = load(chosen.folders)
     path = chosen.out / f"{chosen.name}-cpu.jsonl"

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from models import load, registry
 from models.video import networks
-from quant_runtime import quality
+from quant_runtime import narrow_linear, quality
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.linear import QuantLinear
+from quant_runtime.narrow_linear import NarrowLinear
 from quant_runtime.residual import Residual
 from quant_runtime.sparsity.topk import TopK
 from tests.models import films
@@ -151,6 +152,25 @@ def test_an_artifact_films_what_was_filmed_before_it_was_saved(case, checkpoint,
     model = case.family.load(made.folder, "cpu", torch.float32)
     model.attend(made.manifest.attention.plan())
     assert apart(model.film(case.inputs(checkpoint), nothing).frames, made.before) == 0
+
+
+@COMPRESSED
+def test_on_a_cpu_its_large_layers_stay_in_16_bits_and_it_films_the_same(case, checkpoint, made, monkeypatch):
+    """Of a tiny network every layer counts as large."""
+    want = load.load(made.folder, "cpu")
+    monkeypatch.setattr(narrow_linear, "LARGE", 1)
+    got = load.load(made.folder, "cpu")
+    asked, fed = case.inputs(checkpoint), []
+    for network in networks(got.network).values():
+        assert network.dtype == torch.float32, "what its pipeline feeds it with"
+        low = [m for m in network.modules() if isinstance(m, NarrowLinear)]
+        assert low
+        assert {m.weight.dtype for m in low} == {torch.bfloat16}
+        for layer in low:
+            layer.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].dtype))
+    frames = [torch.from_numpy(model.film(asked, nothing).frames) for model in (got, want)]
+    assert quality.psnr(*frames) > SAME_PSNR
+    assert {*fed} == {torch.float32}
 
 
 @COMPRESSED

@@ -21,7 +21,7 @@ from quant_runtime.methods import Rtn
 from tests.models.synthetics import nothing
 
 GIB, MIB = 2**30, 2**20
-BESIDE = 100 * MIB  # of what loading takes: 16-bit floats made wider, the largest tensor
+BESIDE = 45 * MIB  # of what loading takes: small 16-bit floats made wider, the largest of them twice
 ALLOWED = GIB  # and what a whole process may, with its imports
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -126,7 +126,7 @@ def test_the_peak_of_loading_is_the_artifact_and_little_more(small, tmp_path):
     manifest = compressed(tmp_path / "checkpoint", tmp_path / "large")
     shutil.rmtree(tmp_path / "checkpoint")
     size = sum(record.bytes for record in manifest.files.values())
-    assert size > 1.5 * BESIDE
+    assert size > 3 * BESIDE
     before, peak = peak_of(tmp_path / "large", "cpu")
     assert before + size < peak < before + size + BESIDE
     assert peak < size + ALLOWED

@@ -12,7 +12,6 @@ from contextlib import suppress
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from models import calibration, compress, load, stream
@@ -22,13 +21,14 @@ from models.wan import Wan
 from quant_runtime import artifact
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W4A8, W8A8, W16A16
-from quant_runtime.methods import METHODS, Keep, QuaRot, Rtn, SmoothQuant
+from quant_runtime.methods import Keep, QuaRot, Rtn, SmoothQuant
 from quant_runtime.rules import Rule
 from tests.models import films
 from tests.models.films import CASES
 
 KILLS = 20
-KILLS_CALIBRATING = 8  # each costs an attempt that begins to calibrate
+KILLS_CALIBRATING = 6  # in three steps
+STEPS = 3  # of a calibration sample of the tiny checkpoint
 INPUTS = VideoInputs(prompt="a red ball", width=96, height=64, frames=9, fps=8, steps=2, guidance=2.0, seed=0)
 
 
@@ -241,6 +241,7 @@ def test_the_layers_of_the_manifest_add_up_to_the_file(checkpoint, tmp_path):
 
 ATTEMPT = """
     import os, sys, time
+    from functools import partial
     from pathlib import Path
     import torch
     torch.set_num_threads(1)  # a process that is going to be forked starts no threads
@@ -253,14 +254,15 @@ ATTEMPT = """
     def say(*words):
         os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # at once: a kill cuts no line in two
 
-    def told(done, of):
-        say("read")
+    def told(what, done, of):
+        say(what, done)
         time.sleep(0.005)  # a pace that whoever kills it can follow
 
     def attempt():
         stream.compress(
             Wan(), Path(sys.argv[1]), METHODS[sys.argv[3]](), W4A8, AttentionPlan(), Path(sys.argv[2]), base="tiny",
-            device="cpu", on_bytes=told, on_calibration=told, sync_bytes=1,
+            device="cpu", samples=int(sys.argv[4]), sync_bytes=1,
+            on_bytes=partial(told, "read"), on_calibration=partial(told, "calibrated"),
         )
 
     for line in sys.stdin:  # one attempt a line
@@ -277,36 +279,63 @@ ATTEMPT = """
 """
 
 
-@pytest.mark.parametrize(("method", "kills"), [("rtn", KILLS), ("smoothquant", KILLS_CALIBRATING)])
-def test_killed_at_any_moment_the_same_command_goes_on_and_ends_with_the_same_bytes(
-    checkpoint, tmp_path, method, kills
-):
-    reads = []  # of the network's tensors, in a run that nothing disturbs
-    told = {"on_bytes": lambda *_: reads.append(1), "on_calibration": lambda *_: reads.append(1)}
-    want = streamed(checkpoint, tmp_path / "want", METHODS[method](), **told)
-    command = [sys.executable, "-c", textwrap.dedent(ATTEMPT), str(checkpoint), str(tmp_path / "out"), method]
-    drawn, killed = random.Random(0), 0
+def attempts(checkpoint, out, method, samples, untils):
+    """The same command again and again, killed once it has read so many tensors; the last of them to its end.
+
+    What each has read, in its own words, and whether it was killed.
+    """
+    command = [sys.executable, "-c", textwrap.dedent(ATTEMPT), str(checkpoint), str(out), method, str(samples)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
-        for number in range(kills + 1):
+        for until in (*untils, math.inf):
             print("go", file=process.stdin, flush=True)
-            pid = int(process.stdout.readline().split()[1])
-            until = drawn.uniform(0, 0.98) * len(reads) if number < kills else math.inf
-            for read, line in enumerate(iter(process.stdout.readline, ""), start=1):
+            pid, read = int(process.stdout.readline().split()[1]), []
+            for line in iter(process.stdout.readline, ""):
                 if line.startswith("ended"):
-                    killed += line == "ended 9\n"
+                    yield read, line == "ended 9\n"
                     break
                 assert not line.startswith("failed"), line
-                if read >= until:
+                read.append(line)
+                if len(read) >= until:
                     with suppress(ProcessLookupError):  # it has ended meanwhile
                         os.kill(pid, signal.SIGKILL)
                     until = math.inf
-            if (tmp_path / "out").exists():
+            if out.exists():
                 break
         process.stdin.close()
-    assert killed >= 0.9 * kills, "a busy machine reads late what a child says, and it may have ended"
-    assert artifact.read_manifest(tmp_path / "out").model_dump() == want.model_dump()
-    assert artifact.verify(tmp_path / "out")
-    assert not left(tmp_path / "out")
+
+
+def same_as(want, out):
+    return artifact.read_manifest(out).model_dump() == want.model_dump() and artifact.verify(out) and not left(out)
+
+
+BUSY = "a busy machine reads late what a child says, and it may have ended"
+
+
+def test_killed_at_any_moment_the_same_command_goes_on_and_ends_with_the_same_bytes(checkpoint, tmp_path):
+    reads, drawn = [], random.Random(0)  # of the network's tensors, in a run that nothing disturbs
+    want = streamed(checkpoint, tmp_path / "want", on_bytes=lambda *_: reads.append(1))
+    untils = [drawn.uniform(0, 0.98) * len(reads) for _ in range(KILLS)]
+    ended = [killed for _, killed in attempts(checkpoint, tmp_path / "out", "rtn", 1, untils)]
+    assert sum(ended) >= 0.9 * KILLS, BUSY
+    assert same_as(want, tmp_path / "out")
+
+
+def test_killed_while_it_calibrates_it_goes_on_behind_the_last_whole_step_and_ends_with_the_same_bytes(
+    checkpoint, tmp_path
+):
+    reads, drawn = [], random.Random(0)
+    told = {"on_bytes": lambda *_: None, "on_calibration": lambda *_: reads.append(1)}
+    want = streamed(checkpoint, tmp_path / "want", SmoothQuant(), samples=2, **told)
+    step = len(reads) / STEPS
+    untils = [drawn.uniform(0.3, 1.4) * step for _ in range(KILLS_CALIBRATING)]
+    made = [*attempts(checkpoint, tmp_path / "out", "smoothquant", 2, untils)]
+    assert sum(killed for _, killed in made) >= 0.9 * KILLS_CALIBRATING, BUSY
+    assert same_as(want, tmp_path / "out")
+    calibrating = [[line for line in read if line.startswith("calibrated")] for read, _ in made]
+    assert sum(map(len, calibrating)) <= len(reads) + KILLS_CALIBRATING * step, "of each no more than a step was lost"
+    begun = [int(read[0].split()[1]) for read in calibrating if read]
+    assert begun == sorted(begun), "none began ahead of the one before"
+    assert len({*begun}) > 1, "some went on"
 
 
 def test_what_is_done_is_not_done_again(checkpoint, tmp_path, monkeypatch):
@@ -349,14 +378,61 @@ def test_what_calibration_saw_is_not_asked_for_again(checkpoint, tmp_path, monke
 
 
 def test_no_room_for_what_calibration_saw_is_said_as_a_full_disk_is(checkpoint, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise SafetensorError("I/O error: No space left on device")
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(calibration, "save_file", full)
+        patched.setattr(os, "posix_fallocate", full)
         with pytest.raises(OSError, match=r"No space left on device; what is done lies in .*\.out\.partial"):
             streamed(checkpoint, tmp_path / "out", SmoothQuant())
     assert streamed(checkpoint, tmp_path / "out", SmoothQuant()).calibration
+    assert not left(tmp_path / "out")
+
+
+def cut_off(checkpoint, out, monkeypatch, steps):
+    """A calibration that ends behind so many steps, and the folder of what it saw."""
+    save, saved = calibration._Begun.save, []
+
+    def until(*given):
+        save(*given)
+        saved.append(1)
+        if len(saved) == steps:
+            raise OSError(errno.EIO, "the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(calibration._Begun, "save", until)
+        with pytest.raises(OSError, match="the disk is gone"):
+            streamed(checkpoint, out, SmoothQuant(), samples=2)
+    return out.parent / f".{out.name}.calibration"
+
+
+def test_a_calibration_that_was_cut_off_goes_on_and_its_steps_are_not_made_again(checkpoint, tmp_path, monkeypatch):
+    want = streamed(checkpoint, tmp_path / "want", SmoothQuant(), samples=2)
+    folder, read = cut_off(checkpoint, tmp_path / "out", monkeypatch, steps=2), []
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "answers-00000.safetensors", "answers-00001.safetensors", "begun.safetensors",
+    ]  # fmt: skip
+    told = {"on_calibration": lambda done, of: read.append((done, of))}
+    assert streamed(checkpoint, tmp_path / "out", SmoothQuant(), samples=2, **told).files == want.files
+    assert read[0][1] == read[-1][0], "what is left is known at once"
+    assert read[0][0] > 2 / 3 * read[-1][0]
+    assert not left(tmp_path / "out")
+
+
+def test_what_another_command_saw_is_not_gone_on_with(checkpoint, tmp_path, monkeypatch):
+    cut_off(checkpoint, tmp_path / "out", monkeypatch, steps=2)
+    read = []
+    told = {"on_calibration": lambda done, of: read.append((done, of)), "samples": 1}
+    want = streamed(checkpoint, tmp_path / "want", SmoothQuant(), samples=1)
+    assert streamed(checkpoint, tmp_path / "out", SmoothQuant(), **told).files == want.files
+    assert read[0][1] is None
+
+
+def test_answers_that_are_gone_are_named_and_the_same_command_begins_again(checkpoint, tmp_path, monkeypatch):
+    folder = cut_off(checkpoint, tmp_path / "out", monkeypatch, steps=2)
+    (folder / "answers-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"answers-00001.safetensors is not there"):
+        streamed(checkpoint, tmp_path / "out", SmoothQuant(), samples=2)
     assert not left(tmp_path / "out")
 
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models import registry, stream, synthetic
+from models import registry, stream, synthetic, tiny
 from models.published import PUBLISHED
+from models.wan import Wan
 from quant_runtime import artifact
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W4A8
 from quant_runtime.methods import Rtn
+from tests.models import films
 from tests.models.synthetics import NAME, WAN, index_of, nothing
 
 SAMPLED = 0.1  # of a deviation: of 128 numbers it is drawn to 6 %
@@ -159,3 +161,15 @@ def test_it_becomes_an_artifact_layer_by_layer(made, tmp_path):
     manifest = stream.compress(registry.family("wan"), made, Rtn(), W4A8, AttentionPlan(), tmp_path / "out", **words)
     assert artifact.verify(tmp_path / "out") == manifest
     assert len(manifest.layers) == 20
+
+
+def test_with_small_parts_around_it_it_runs(tmp_path):
+    synthetic.write_whole(WAN, tmp_path / "whole", tiny.LIMITS, nothing)
+    model = Wan().load(tmp_path / "whole", "cpu", torch.float32)
+    assert len(model.network.blocks) == WAN.config["num_layers"]
+    assert model.network.blocks[0].ffn.net[2].in_features == WAN.config["ffn_dim"]
+    assert model.film(films.inputs(width=96, height=64), nothing).frames.shape == (9, 64, 96, 3)
+    with pytest.raises(FileExistsError, match="choose another name"):
+        synthetic.write_whole(WAN, tmp_path / "whole", tiny.LIMITS, nothing)
+    with pytest.raises(ValueError, match="got hunyuan_video"):
+        synthetic.write_whole(PUBLISHED["hunyuan-video"], tmp_path / "other", tiny.LIMITS, nothing)

@@ -9,7 +9,7 @@ import trimesh
 from PIL import Image
 from safetensors.torch import load_file
 
-from models import compress, load, registry
+from models import compress, load, registry, vggt
 from models.base import BadInput, SceneInputs, VideoInputs
 from models.compress import Recipe
 from models.scene_files import CamerasFile
@@ -294,6 +294,14 @@ def test_on_a_cpu_the_camera_head_runs_the_artifact_s_weights_without_int8(artif
     assert camera
     assert sorted(low) == sorted(manifest.layers.keys() - set(camera))
     assert "camera head" in opened.kernels
+
+
+def test_a_camera_head_of_large_layers_stays_int8_for_it_would_be_four_times_as_large(artifacts, monkeypatch):
+    folder, manifest = artifacts["quarot"]
+    monkeypatch.setattr(vggt, "LARGE", 1)
+    opened = load.load(folder, "cpu")
+    low = {name for name, layer in opened.network.named_modules() if isinstance(layer, QuantLinear)}
+    assert low == manifest.layers.keys()
 
 
 def test_its_layers_get_formats_of_their_own_inside_the_blocks_and_behind_them(checkpoint, pictures, tmp_path):

@@ -20,7 +20,7 @@ def tokens(inputs: int, device: str, dtype: torch.dtype = torch.float32) -> Tens
 
 def observed(inputs: int, outputs: int, device: str, bias: bool = True) -> tuple[nn.Linear, LayerStats]:
     layer = nn.Linear(inputs, outputs, bias=bias, device=device)
-    stats = observe(nn.Sequential(layer), ["0"], lambda: layer(tokens(inputs, device)))
+    stats = observe(nn.Sequential(layer), ["0"], lambda _: layer(tokens(inputs, device)))
     return layer, stats["0"]
 
 

@@ -25,7 +25,7 @@ def network():
 def made(tmp_path):
     """(folder, manifest, the converted model): a small artifact with a further file in a folder."""
     model, x = network(), torch.randn(20, 48)
-    stats = observe(model, NAMES, lambda: model(x))
+    stats = observe(model, NAMES, lambda _: model(x))
     reports = convert(model, {"0": (QuaRot(), formats.W4A8), "2": (SmoothQuant(), formats.W8A8)}, stats)
     draft = Manifest(
         family="test",
@@ -147,7 +147,7 @@ def test_weights_of_another_width_are_refused_by_name(tmp_path, made):
     """What was packed in 3 bits, under a manifest that says 2 or 4."""
     _, manifest, _ = made
     model, x = network(), torch.randn(20, 48)
-    reports = convert(model, {"2": (Rtn(), formats.W3A6)}, observe(model, ["2"], lambda: model(x)))
+    reports = convert(model, {"2": (Rtn(), formats.W3A6)}, observe(model, ["2"], lambda _: model(x)))
     layers = artifact.layer_records(reports)
     assert (layers["2"].format, layers["2"].bytes) == ("W3A6", model[2].stored_bytes())
     for written in ("W2A8", "W4A8"):

@@ -43,7 +43,7 @@ def test_planned_layers_are_swapped_and_the_others_stay(model, x):
     plan = {name: (Rtn(), formats.W8A8) for name in NAMES[:3]} | {NAMES[3]: (Keep(), formats.W16A16)}
     seen = []
     reports = convert(
-        model, plan, observe(model, NAMES, lambda: model["blocks"](x)), lambda *progress: seen.append(progress)
+        model, plan, observe(model, NAMES, lambda _: model["blocks"](x)), lambda *progress: seen.append(progress)
     )
     assert list(reports) == NAMES[:3]
     assert all(isinstance(model.get_submodule(name), QuantLinear) for name in NAMES[:3])
@@ -53,7 +53,7 @@ def test_planned_layers_are_swapped_and_the_others_stay(model, x):
 
 
 def test_a_report_says_what_became_of_a_layer(model, x):
-    stats = observe(model, NAMES, lambda: model["blocks"](x))
+    stats = observe(model, NAMES, lambda _: model["blocks"](x))
     plan = {NAMES[0]: (QuaRot(), formats.W4A8), NAMES[1]: (Rtn(), formats.W8A8)}
     reports = convert(model, plan, stats)
     four, eight = reports[NAMES[0]], reports[NAMES[1]]
@@ -65,7 +65,7 @@ def test_a_report_says_what_became_of_a_layer(model, x):
 
 
 def test_a_plan_that_cannot_be_carried_out_changes_nothing(model, x):
-    stats = observe(model, NAMES[:1], lambda: model["blocks"](x))
+    stats = observe(model, NAMES[:1], lambda _: model["blocks"](x))
     before = copy.deepcopy(model.state_dict())
     w4a8 = (Rtn(), formats.W4A8)
     with pytest.raises(ValueError, match=r"blocks\.1\.out is planned and was not observed"):
@@ -81,7 +81,7 @@ def test_a_plan_that_cannot_be_carried_out_changes_nothing(model, x):
 
 def test_an_empty_copy_takes_the_state_of_the_converted_model(model, x):
     other = copy.deepcopy(model)
-    stats = observe(model, NAMES, lambda: model["blocks"](x))
+    stats = observe(model, NAMES, lambda _: model["blocks"](x))
     reports = convert(model, {name: (QuaRot(), formats.W4A8) for name in NAMES}, stats)
     prepare(other, {name: report.spec for name, report in reports.items()})
     other.load_state_dict(model.state_dict())

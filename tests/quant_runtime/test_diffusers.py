@@ -64,7 +64,7 @@ def saved(tmp_path_factory):
     pipeline = wan()
     network = pipeline.transformer
     names = [n for n, layer in network.named_modules() if isinstance(layer, nn.Linear) and n.startswith("blocks.")]
-    stats = observe(network, names, lambda: video(pipeline))
+    stats = observe(network, names, lambda _: video(pipeline))
     plan = {name: (QuaRot(), formats.W4A8) if "ffn" in name else (SmoothQuant(), formats.W8A8) for name in names}
     reports = convert(network, plan, stats)
     quant_runtime.diffusers.mark(network, {name: report.spec for name, report in reports.items()})

@@ -91,27 +91,42 @@ def test_a_network_is_filled_strictly_and_tensor_by_tensor(tmp_path):
         network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     state = {key: torch.full(its.shape, 3, dtype=its.dtype) for key, its in network.state_dict().items()}
     save_file({key: t.half() if t.is_floating_point() else t for key, t in state.items()}, tmp_path / "m.safetensors")
-    seen = []
 
-    def place(key, tensor):
-        seen.append(key)
-        return tensor.float() if tensor.is_floating_point() else tensor.clone()
+    def wide(key, stored):
+        assert stored == held.tensors[key]
+        return torch.float32 if stored.dtype.is_floating_point else stored.dtype
 
     with TensorFiles.open(tmp_path, "m") as held:
-        fill(network, held, place)
-        assert set(seen) == state.keys()
+        fill(network, held, "cpu", kind=wide)
         assert same(dict(network.state_dict()), state)
+        fill(network, held, "cpu")
+        assert {its.dtype for its in network.state_dict().values()} == {torch.float16, torch.int64}
+        assert same({key: its.to(state[key].dtype) for key, its in network.state_dict().items()}, state)
+        fill(network, held, "meta")
+        assert {its.device.type for its in network.state_dict().values()} == {"meta"}
         with pytest.raises(ValueError, match=r"0\.weight is torch\.float16 \[4, 3\]; .* torch\.float32 \[4, 5\]"):
-            fill(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), held, place)
+            fill(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), held, "cpu")
         with pytest.raises(ValueError, match=r"missing: none; tensors of no layer: \['1.bias', "):
-            fill(nn.Sequential(nn.Linear(3, 4)), held, place)
+            fill(nn.Sequential(nn.Linear(3, 4)), held, "cpu")
+
+
+def test_what_stays_as_it_lies_is_read_where_it_stays_and_the_rest_in_one_place(tmp_path):
+    write(tmp_path)
+    with TensorFiles.open(tmp_path, "model") as held:
+        places = {
+            key: tensor.untyped_storage().data_ptr() for key, tensor in held.stream(stays=lambda key: key in "ae")
+        }
+        got = [(key, tensor.clone()) for key, tensor in held.stream(stays=lambda key: key in "ae")]
+    assert len({places[key] for key in "bcd"}) == 1
+    assert len({places[key] for key in "abe"}) == 3
+    assert same(dict(got), TENSORS)
 
 
 def test_whole_numbers_are_not_taken_for_floats(tmp_path):
     network = nn.Linear(3, 4)
     save_file({"weight": torch.zeros(4, 3, dtype=torch.int32), "bias": torch.zeros(4)}, tmp_path / "m.safetensors")
     with TensorFiles.open(tmp_path, "m") as held, pytest.raises(ValueError, match=r"weight is torch\.int32"):
-        fill(network, held, lambda key, tensor: tensor)
+        fill(network, held, "cpu")
 
 
 def test_a_file_that_was_begun_is_gone_on_with(tmp_path):

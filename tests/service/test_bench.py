@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from models import stream, synthetic
+from models import stream, synthetic, tiny
+from models.published import PUBLISHED
 from models.wan import Wan
 from quant_runtime import report
 from quant_runtime.attention import AttentionPlan
@@ -62,6 +64,24 @@ def test_a_process_is_measured_alone():
     assert seconds >= 0.2
 
 
+def test_what_a_process_reads_and_writes_is_counted(tmp_path):
+    (tmp_path / "in").write_bytes(bytes(5 * MIB))
+    moves = "from pathlib import Path; Path('out').write_bytes(Path('in').read_bytes() * 2)"
+    done = bench.ran("sh", "-c", f'cd {tmp_path} && exec {sys.executable} -c "{moves}"')
+    assert 5 * MIB <= done.read < 6 * MIB
+    assert 10 * MIB <= done.written < 11 * MIB
+
+
+def test_calibrating_is_measured_with_all_that_it_reads_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(PUBLISHED, "small", WAN)
+    rows = [*bench.calibrate("small", tmp_path, 2, 1, replace(tiny.LIMITS, steps=2))]
+    read, written, *_ = rows
+    assert [row["metric"] for row in rows] == ["read", "written", "time", "peak memory"]
+    assert read["value"] > read["baseline"]["value"] > 0
+    assert written["value"] > 0
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_process_that_fails_ends_the_measurement():
     with pytest.raises(ValueError, match="ended with 3"):
         bench.ran(sys.executable, "-c", "raise SystemExit(3)")
@@ -81,7 +101,7 @@ def test_a_load_is_a_row_for_each_way_and_opens_what_is_there(made, monkeypatch)
     rows = list(bench.load([made[0]]))
     assert [(row["case"], row["metric"]) for row in rows] == [
         (f"artifact, {how}", metric)
-        for how in ("imports alone", "hashes checked", "hashes not checked", "hashes checked, floats to float32")
+        for how in ("imports alone", "hashes checked", "hashes not checked", "as a worker on a CPU has it")
         for metric in ("peak memory", "time")
     ]
     assert all(row["value"] > 0 for row in rows)

@@ -1,0 +1,50 @@
+"""NarrowLinear: a layer in its checkpoint's 16 bits among others in float32: a CPU holds it as the disk does."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quant_runtime.kernels._cpu import row_chunks, scratch
+
+LARGE = 1 << 22  # weights, of 16 MiB in float32: what layers below this widen to is little beside a model
+
+
+class NarrowLinear(nn.Linear):
+    """y = x @ w.T + bias of x and y float32 and w in 16 bits, which are widened where they are multiplied.
+
+    The sums are those of the layer in float32. A few output channels at a time are widened, so that they stay in cache
+    and no second copy of the weights is made. x in the weights' own float is multiplied in it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return F.linear(x, self.weight, self.bias)
+        rows = x.reshape(-1, self.in_features)
+        y = rows.new_empty(len(rows), self.out_features)
+        for some in row_chunks(self.out_features, self.in_features):
+            weight = self.weight[some]
+            torch.mm(rows, scratch("narrow weights", tuple(weight.shape), x.dtype).copy_(weight).t(), out=y[:, some])
+        if self.bias is not None:
+            y += self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def narrowable(network: nn.Module) -> list[str]:
+    """Names of its linear layers that are LARGE. Not of an nn.Linear's subclasses, which may be anything."""
+    return [
+        name for name, module in network.named_modules() if type(module) is nn.Linear and module.weight.numel() >= LARGE
+    ]
+
+
+def keep_narrow(network: nn.Module, names: Collection[str]) -> None:
+    """These layers, which may be on the meta device, are NarrowLinears from now on, to load into."""
+    for name in names:
+        layer = network.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        made = NarrowLinear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        made.weight, made.bias = layer.weight, layer.bias
+        network.set_submodule(name, made.train(layer.training))
