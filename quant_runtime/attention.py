@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant_runtime.kernels._cpu import cpu_has_bfloat16, cpu_int8_path
+from quant_runtime.kernels._fp8 import has_fp8
 from quant_runtime.kernels._versions import OPS, fallen
 from quant_runtime.kernels.attention_blocks import attention_blocks
 from quant_runtime.kernels.attention_fp8 import (
     attention_fp8,
     attention_fp8_refresh,
     by_tokens,
-    has_fp8,
     takes,
     unpacked_residual,
     unpacked_values,
