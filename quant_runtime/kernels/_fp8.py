@@ -13,5 +13,9 @@ FP8_WHOLE = 16  # whole numbers up to here are e4m3 numbers: four bits hold them
 
 @functools.cache
 def has_fp8(device: torch.device) -> bool:
-    """Whether this device packs and multiplies e4m3: a CPU, and GPUs from Ada and Hopper on."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether this device packs and multiplies e4m3: a CPU, and GPUs from Ada and Hopper on.
+
+    Where torch sees no GPU that could be asked, one is taken to be such.
+    """
+    seen = device.type == "cuda" and torch.cuda.is_available()
+    return not seen or torch.cuda.get_device_capability(device) >= (8, 9)

@@ -101,7 +101,8 @@ def launch(
     dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor]:
     if not rounding.converts(dtype, x.device):
-        return _plain(x, before, bits, factor, exact, dtype)
+        q, row_scale = _plain(x, before, bits, factor, exact, dtype)
+        return q, row_scale
     (rows, k), j = x.shape, 0 if before is None else before.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
     before = before if before is None or before.stride(1) == 1 else before.contiguous()

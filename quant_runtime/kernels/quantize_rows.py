@@ -135,7 +135,8 @@ def whole(x):
 
 def launch(x: Tensor, bits: int, factor: Tensor | None, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     if not converts(dtype, x.device):
-        return _plain(x, bits, factor, dtype)
+        q, scale = _plain(x, bits, factor, dtype)
+        return q, scale
     m, k = x.shape
     q = torch.empty(m, k, dtype=dtype, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)

@@ -75,6 +75,7 @@ def test_sums_taken_some_rows_at_a_time_are_the_same(device, monkeypatch):
 def test_a_card_without_fp8_is_given_bfloat16_and_told_so(monkeypatch):
     capability = {"cuda:6": (9, 0), "cuda:5": (8, 6)}
     op.has_fp8.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[str(device)])
     for versions in (op._op, op._into):
         assert [str(versions.running(card)) for card in capability] == ["FP8, torch", "bfloat16, torch"]
