@@ -143,8 +143,9 @@ def normed(
     if layer.spec.rotation:
         h, x = norm_modulate(x, shift, scale, y, gate, eps, first)
         return layer.rounded(h.flatten(0, 1)), x
-    bits = layer.spec.format.activation_bits
-    q, row_scale, x = norm_quantize(x, shift, scale, y, gate, eps, bits, layer.factor(), first)
+    its = layer.spec.format
+    to = (its.activation_bits, layer.factor(), first, its.activation_dtype)
+    q, row_scale, x = norm_quantize(x, shift, scale, y, gate, eps, *to)
     return (q, row_scale), x
 
 
@@ -153,5 +154,6 @@ def bent(layer: QuantLinear, inner: Tensor, before: Tensor | None = None, exact:
     if layer.spec.rotation:
         real = F.gelu(inner, approximate="none" if exact else "tanh")
         return layer(real if before is None else torch.cat([before, real], dim=1))
-    rows = gelu_quantize(inner, before, layer.spec.format.activation_bits, layer.factor(), exact)
+    its = layer.spec.format
+    rows = gelu_quantize(inner, before, its.activation_bits, layer.factor(), exact, its.activation_dtype)
     return layer.product(rows, inner.dtype)

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant_runtime.kernels._cpu import cpu_has_bfloat16, cpu_int8_path
+from quant_runtime.kernels._fp8 import has_fp8
 from quant_runtime.kernels._versions import OPS, fallen
 from quant_runtime.kernels.attention_blocks import attention_blocks
 from quant_runtime.kernels.attention_fp8 import (
     attention_fp8,
     attention_fp8_refresh,
     by_tokens,
-    has_fp8,
     takes,
     unpacked_residual,
     unpacked_values,
@@ -426,18 +426,22 @@ def describe_paths(device: torch.device | str) -> dict[str, str]:
     its own name, with the reason.
     """
     device = torch.device(device)
-    linear = _run_by(device, "linear_w8a8", "linear_w4a8")
+    linear, fp8 = _run_by(device, "linear_w8a8", "linear_w4a8"), _run_by(device, "linear_fp8")
     if device.type != "cpu":
-        present = not torch.cuda.is_available() or has_fp8(device)
+        present = has_fp8(device)
         values = "16-bit or FP8 PV" if present else "16-bit PV: this GPU has no FP8"
         sparse = _run_by(device, "attention_blocks", *(["attention_fp8"] if present else []))
-        said = {"linear": f"int8, {linear}", "attention": f"int8 QK, {values}, {sparse}; 16-bit dense, torch"}
+        lacks = "" if present else ": this GPU has no FP8"
+        said = {
+            "linear": f"int8, {linear}; FP8 as {fp8}{lacks}",
+            "attention": f"int8 QK, {values}, {sparse}; 16-bit dense, torch",
+        }
     else:
         why = "" if cpu_int8_path() == "onednn" else ": this CPU has no fast, exact int8 matmul"
         values = "bfloat16 PV" if cpu_has_bfloat16() else "float32 PV: this CPU does not multiply bfloat16 itself"
         sparse = _run_by(device, "attention_blocks", "attention_fp8")
         said = {
-            "linear": f"int8, {linear}{why}",
+            "linear": f"int8, {linear}{why}; FP8 as {fp8} products",
             "attention": f"QK int8, {sparse}{why}; {values}; 16-bit dense, torch",
         }
     falls = fallen(device).items()

@@ -48,6 +48,10 @@ class Case:
     baselines: tuple[str, ...]  # names of runs; each other run is held against the fastest of them
 
 
+ROUNDED = (
+    *(("rtn", bits) for bits in ("W8A8", "FP8", "W4A8", "W4AFP8")),
+    *(("smoothquant", "W4A8"), ("quarot", "W4A8")),
+)
 LINEARS = ((2160, 384, 1152), (4320, 384, 384), (4320, 384, 1152), (4320, 384, 768), (4320, 768, 384), (2088, 128, 512))
 
 
@@ -60,7 +64,7 @@ def linear(device: torch.device) -> Iterator[Case]:
         x = torch.randn(rows, inputs, device=device)
         stats = LayerStats(x.abs().amax(dim=0).cpu(), layer.weight.abs().amax(dim=0).cpu(), rows, x[:1].cpu())
         runs = {"float32": Run(layer, torch.float32), "bfloat16": Run(half, torch.bfloat16)}
-        for method, bits in (("rtn", "W8A8"), ("rtn", "W4A8"), ("smoothquant", "W4A8"), ("quarot", "W4A8")):
+        for method, bits in ROUNDED:
             quantized = METHODS[method]().quantize(layer, stats, QuantFormat.parse(bits))
             for dtype in (torch.float32, torch.bfloat16):
                 runs[f"{bits} {method} {_short(dtype)}"] = Run(quantized, dtype)

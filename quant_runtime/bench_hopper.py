@@ -27,11 +27,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quant_runtime import report
 from quant_runtime.bench import outliers
 from quant_runtime.kernels import block_map
+from quant_runtime.kernels._fp8 import E4M3
 from quant_runtime.kernels._triton import triton
 from quant_runtime.kernels.attention_fp8 import attention_fp8
 from quant_runtime.kernels.blocks_by_mass import blocks_by_mass
 from quant_runtime.kernels.gelu_quantize import gelu_quantize
 from quant_runtime.kernels.hadamard_quantize import hadamard_quantize
+from quant_runtime.kernels.linear_fp8 import linear_fp8
 from quant_runtime.kernels.linear_w8a8 import linear_w8a8
 from quant_runtime.kernels.norm_quantize import norm_quantize
 from quant_runtime.kernels.pack_heads import pack_heads
@@ -73,11 +75,9 @@ def gemm(device: torch.device, rounds: int) -> Rows:
     for k, n in GEMMS:
         case, work = f"{TOKENS}x{k}->{n}", 2 * TOKENS * k * n
         w = torch.randn(n, k, device=device) / k**0.5
-        whole_w, w_scale = quantize_rows(w)
-        bias = torch.randn(n, device=device)
         x = torch.randn(TOKENS, k, device=device, dtype=torch.bfloat16)
-        half_w, half_bias = w.bfloat16(), bias.bfloat16()
-        best = timed(partial(F.linear, x, half_w, half_bias), rounds)
+        half_w, bias = w.bfloat16(), torch.randn(n, device=device, dtype=torch.bfloat16)
+        best = timed(partial(F.linear, x, half_w, bias), rounds)
         yield rate(f"{case} bfloat16 cuBLAS", work, best, rounds, None)
         baseline = ("bfloat16 cuBLAS", work / median(best) / 1e9)
         fp8 = [(t / t.abs().amax(1, keepdim=True) * 448).to(torch.float8_e4m3fn) for t in (x, w)]
@@ -88,18 +88,20 @@ def gemm(device: torch.device, rounds: int) -> Rows:
 
         yield rate(f"{case} FP8 _scaled_mm", work, timed(scaled_mm, rounds), rounds, baseline)
         del fp8
-        error = {}
-        for name, given in (("random", x), ("outliers", outliers(x))):
-            q, scale = quantize_rows(given)
-            got = linear_w8a8(q, whole_w, scale, w_scale, bias)
-            some = torch.randint(TOKENS, (SAMPLED,), device=device)
-            rounded = (q[some].double() * scale[some, None]) @ (whole_w.double() * w_scale[:, None]).T + bias
-            full = given[some].double() @ w.double().T + bias
-            error[name] = short(relative(got[some], full))
-            error[f"{name}, of the rounded operands"] = short(relative(got[some], rounded))
-        q, scale = quantize_rows(x)
-        ours = timed(partial(linear_w8a8, q, whole_w, scale, w_scale, bias), rounds)
-        yield rate(f"{case} INT8", work, ours, rounds, baseline, error)
+        for kind, multiply, dtype in (("INT8", linear_w8a8, torch.int8), ("FP8, ours", linear_fp8, E4M3)):
+            low_w, w_scale = quantize_rows(w, dtype=dtype)
+            error = {}
+            for name, given in (("random", x), ("outliers", outliers(x))):
+                q, scale = quantize_rows(given, dtype=dtype)
+                got = multiply(q, low_w, scale, w_scale, bias)
+                some = torch.randint(TOKENS, (SAMPLED,), device=device)
+                rounded = (q[some].double() * scale[some, None]) @ (low_w.double() * w_scale[:, None]).T + bias
+                full = given[some].double() @ w.double().T + bias
+                error[name] = short(relative(got[some], full))
+                error[f"{name}, of the rounded operands"] = short(relative(got[some], rounded))
+            q, scale = quantize_rows(x, dtype=dtype)
+            ours = timed(partial(multiply, q, low_w, scale, w_scale, bias), rounds)
+            yield rate(f"{case} {kind}", work, ours, rounds, baseline, error)
 
 
 def attention(device: torch.device, rounds: int, of: Shape = HUNYUAN) -> Rows:
@@ -189,6 +191,9 @@ def fused(device: torch.device, rounds: int) -> Rows:
         ("residual, norm, modulate, quantize", 7 * values,
          lambda: norm_quantize(x, shift, scale, y, gate)[0]),
         ("quantize", 3 * values, lambda: quantize_rows(x[0])[0]),
+        ("quantize to FP8", 3 * values, lambda: quantize_rows(x[0], dtype=E4M3)[0]),
+        ("norm, modulate, quantize to FP8", 3 * values, lambda: norm_quantize(x, shift, scale, dtype=E4M3)[0]),
+        ("GELU, quantize to FP8", 12 * values, lambda: gelu_quantize(inner, dtype=E4M3)[0]),
         ("GELU, quantize", 12 * values, lambda: gelu_quantize(inner)[0]),
         ("attention, and GELU, quantize", 15 * values, lambda: gelu_quantize(inner, x[0])[0]),
         ("Hadamard of 128, quantize", 3 * values, lambda: hadamard_quantize(x[0], signs, 128)[0]),
@@ -197,6 +202,7 @@ def fused(device: torch.device, rounds: int) -> Rows:
         ("the same, patch by patch", 9 * values,
          lambda: pack_heads(*heads_of(qkv), BLOCK, (ones, ones), (ones, ones), 1e-6, rope, tokens=by_patch).q),
         ("unpack 4 bits", 6 * INNER * INNER, lambda: unpack(packed_w, INNER, 4)),
+        ("unpack 4 bits to FP8", 6 * INNER * INNER, lambda: unpack(packed_w, INNER, 4, E4M3)),
     ):  # fmt: skip
         times = timed(call, rounds)
         yield report.row(name, "rate", moved / median(times) / 1e6, "GB/s", "higher", samples=rounds,

@@ -1,4 +1,4 @@
-"""QuantLinear: a linear layer of packed whole weights, fed with activations that it rounds as they come in."""
+"""QuantLinear: a linear layer of packed low-bit weights, fed with activations that it rounds as they come in."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from torch.nn import functional as F
 
 from quant_runtime.formats import QuantFormat, pack, packed_shape
 from quant_runtime.kernels import quantize_rows as rounding
+from quant_runtime.kernels._fp8 import E4M3
 from quant_runtime.kernels.hadamard import hadamard
 from quant_runtime.kernels.hadamard_quantize import hadamard_quantize
+from quant_runtime.kernels.linear_fp8 import linear_fp8
 from quant_runtime.kernels.linear_w4a8 import linear_w4a8
 from quant_runtime.kernels.linear_w8a8 import linear_w8a8
 from quant_runtime.kernels.unpack import unpack
 
-Rounded = tuple[Tensor, Tensor]  # q int8 [M, K] and scale float32 [M]
+Rounded = tuple[Tensor, Tensor]  # q int8 or float8_e4m3fn [M, K], as the format has it, and scale float32 [M]
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,12 @@ class LinearSpec:
 
     def __post_init__(self) -> None:
         if not self.format.quantized or self.format.activation_bits == 16 or self.format.group:
-            raise ValueError(f"there are kernels for W2 to W8 with A8, A6 and A4, one scale a row; got {self.format}")
+            known = "W2 to W8 with A8, A6 and A4, for W2 to W5 with AFP8, and for FP8"
+            raise ValueError(f"there are kernels for {known}, one scale a row; got {self.format}")
 
 
 class QuantLinear(nn.Module):
-    """y = x @ w.T + bias: w as whole numbers times a scale per output channel, x rounded per token at run time.
+    """y = x @ w.T + bias: w as low-bit numbers times a scale per output channel, x rounded per token at run time.
 
     Before it is rounded, x [..., in_features] is rotated (`input_signs`, `spec.rotation`; see kernels/hadamard.py) and
     then multiplied by `input_factor`, where the layer has them; its weights have been changed to match. x is float32,
@@ -44,7 +47,7 @@ class QuantLinear(nn.Module):
     Scales are buffers of integers that hold the bits of floats: `module.to(torch.bfloat16)`, and a loader told to load
     in bfloat16, cast every float that they find.
 
-        qweight        int8 [N, K], or below 8 bits uint8 as kernels/unpack.py has them
+        qweight        int8 [N, K]; below 8 bits uint8 as kernels/unpack.py has them; of FP8 uint8 [N, K], its bits
         weight_scale   int16 [N], the bits of bfloat16
         input_factor   int16 [K], the bits of bfloat16, or None
         input_signs    int8 [K], 1 and -1, or None
@@ -70,7 +73,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         bits = spec.format.weight_bits
-        weight_type = torch.int8 if bits == 8 else torch.uint8
+        weight_type = torch.int8 if bits == 8 and spec.format.weight_dtype == torch.int8 else torch.uint8
         empty = torch.empty(packed_shape(out_features, in_features, bits), dtype=weight_type, device=device)
         self.register_buffer("qweight", empty)
         self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.int16, device=device))
@@ -93,9 +96,14 @@ class QuantLinear(nn.Module):
         factor: Tensor | None = None,
         signs: Tensor | None = None,
     ) -> QuantLinear:
-        """The layer of whole weights int8 [N, K] and scale bfloat16 [N]; factor is bfloat16 [K], signs int8 [K]."""
+        """The layer of weights in the format's weight_dtype [N, K] and scale bfloat16 [N].
+
+        factor is bfloat16 [K], signs int8 [K].
+        """
         if (factor is not None) != spec.scaled or (signs is not None) != bool(spec.rotation):
             raise ValueError(f"factor and signs come with the spec that asks for them; got {spec}")
+        if whole.dtype != spec.format.weight_dtype:
+            raise ValueError(f"weights of {spec.format} are {spec.format.weight_dtype}; got {whole.dtype}")
         for name, tensor in (("scale", scale), ("factor", factor)):
             if tensor is not None and tensor.dtype != torch.bfloat16:
                 raise ValueError(f"{name} is bfloat16, so that it is stored as it was applied; got {tensor.dtype}")
@@ -114,40 +122,45 @@ class QuantLinear(nn.Module):
 
     def rounded(self, rows: Tensor) -> Rounded:
         """float [M, K] as this layer's matmul takes it: rotated, scaled, rounded."""
-        bits = self.spec.format.activation_bits
+        its = self.spec.format
+        to = (its.activation_bits, self.factor(), its.activation_dtype)
         if self.input_signs is not None:
-            return hadamard_quantize(rows, self.input_signs, self.spec.rotation, bits, self.factor())
-        return rounding.quantize_rows(rows, bits, self.factor())
+            return hadamard_quantize(rows, self.input_signs, self.spec.rotation, *to)
+        return rounding.quantize_rows(rows, *to)
 
     def product(self, rows: Rounded, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """What the layer answers to such rows: [M, N] of dtype, or `out`, a contiguous one that is written to."""
         (q, scale), bits = rows, self.spec.format.weight_bits
+        if q.dtype == E4M3:
+            return linear_fp8(q, self._whole(), scale, self._scale(), self.bias, dtype, out)
         if bits == 4:
             return linear_w4a8(q, self.qweight, scale, self._scale(), self.bias, dtype, out)
         return linear_w8a8(q, self._whole(), scale, self._scale(), self.bias, dtype, out)
 
     def rounds_like(self, other: QuantLinear) -> bool:
-        """Whether both round the same input to the same whole numbers."""
+        """Whether both round the same input to the same numbers."""
+        its, others = self.spec.format, other.spec.format
         alike = self.in_features == other.in_features and self.spec.rotation == other.spec.rotation
-        alike = alike and self.spec.format.activation_bits == other.spec.format.activation_bits
+        alike = alike and its.activation_bits == others.activation_bits
+        alike = alike and its.activation_dtype == others.activation_dtype
         alike = alike and _same(self.input_factor, other.input_factor)
         return alike and _same(self.input_signs, other.input_signs)
 
     def fake_quant_forward(self, x: Tensor) -> Tensor:
         """What forward means, in floats: both operands rounded, then an ordinary matmul, in float64."""
-        real, top = x.reshape(-1, self.in_features), self.spec.format.activation_top
+        real, its = x.reshape(-1, self.in_features), self.spec.format
         real = real.float() if self.input_signs is None else hadamard(real, self.input_signs, self.spec.rotation)
         factor = self.factor()
         if factor is not None:
             real = real * factor
-        step = real.abs().amax(dim=1, keepdim=True).clamp(min=rounding.TINY) / top
-        rounded = (real * step.reciprocal()).round() * step
+        step = real.abs().amax(dim=1, keepdim=True).clamp(min=rounding.TINY) / its.activation_top
+        rounded = rounding.nearest(real * step.reciprocal(), its.activation_dtype).float() * step
         y = F.linear(rounded.double(), self.dequantized().double(), None if self.bias is None else self.bias.double())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def dequantized(self) -> Tensor:
         """The stored weights as float32 [N, K]: of the rotated and scaled input."""
-        return self._whole() * self._scale()[:, None]
+        return self._whole().float() * self._scale()[:, None]
 
     def effective_weight(self) -> Tensor:
         """The stored weights as float32 [N, K], as they would stand in the layer that this one replaced."""
@@ -171,8 +184,11 @@ class QuantLinear(nn.Module):
         )
 
     def _whole(self) -> Tensor:
-        bits = self.spec.format.weight_bits
-        return self.qweight if bits == 8 else unpack(self.qweight, self.in_features, bits)
+        """[N, K] as the matmul takes it."""
+        its = self.spec.format
+        if its.weight_bits == 8:
+            return self.qweight if its.weight_dtype == torch.int8 else self.qweight.view(E4M3)
+        return unpack(self.qweight, self.in_features, its.weight_bits, its.activation_dtype)
 
     def _scale(self) -> Tensor:
         return self.weight_scale.view(torch.bfloat16).float()

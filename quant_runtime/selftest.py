@@ -25,6 +25,7 @@ from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, attend
 from quant_runtime.compiles import Compile, recorded
 from quant_runtime.kernels import _triton
+from quant_runtime.kernels._fp8 import E4M3
 from quant_runtime.kernels._versions import Op, Version, examined
 from quant_runtime.linear import LinearSpec, QuantLinear
 from quant_runtime.sparsity.base import AttentionCall, TokenLayout
@@ -35,7 +36,8 @@ VALUES_ROUNDED = 2**-7  # 16-bit values: the probabilities, the sums and the ans
 P_ROUNDED = 0.04  # attention_fp8 on a GPU: e4m3 has 3 bits behind the first, and random values add few up
 FLIPS = 2e-3  # of whole numbers may fall to the other side of a half: a GPU fuses products and sums
 SHORT_SUMS = 2**-10, 0.05  # of scales, and of whole numbers: a GPU turns sums of 16-bit numbers in 11 bits
-V_ROUNDED = 0.02  # of FP8 values: one in some hundred lies at a half
+V_ROUNDED = 0.02  # of FP8 numbers: one in some hundred lies at a half
+FP8_SUMS = 2**-7  # a GPU adds FP8 products up in fewer bits than float32 has
 TENSOR_FLOAT = 2e-3  # a GPU multiplies float32 with 11 bits where it is told to
 INT8_STEP = 0.02  # of a cached residual: entries on the other side of a half
 CANCELLED = 1e-5  # how alike the tokens of a block are: of directions that cancel, a mean is a tenth of one
@@ -43,7 +45,7 @@ OTHER_ROWS = 0.01  # of lists that hold a mass
 NEAR = 1e-4  # of the largest score: two blocks so close may change places when means are summed in another order
 
 ROWS = (131, 5)  # of a layer's input: ragged to every tile; more than a few, and few
-OUTPUTS = 264  # of a layer, at most: ragged to every tile, rows of y at multiples of 16 bytes as real ones are
+OUTPUTS = 272  # of a layer, at most: ragged to every tile, and a multiple of 16 as real ones are
 STEPS = 8  # of the generation that attention is tried in: what a plan does at some steps alone is done
 HEADS = 2
 NEIGHBOURS = 60  # tokens that are alike
@@ -350,14 +352,19 @@ def _flips(got: Tensor, want: Tensor, allowed: float) -> Error:
     return Error(float((apart > 0).double().mean()), max(allowed, 2 / apart.numel()))
 
 
+def _near(got: Tensor, want: Tensor) -> Error:
+    """FP8 numbers, whose steps are as large as they are."""
+    return Error(relative(got.float(), want.float()), V_ROUNDED)
+
+
 def _rounded(short: Callable[[tuple[Any, ...]], bool] = lambda args: False) -> Judge:
-    """Whole numbers, then their scales, then perhaps floats. `short`: whether these sums have 11 bits."""
+    """Whole or FP8 numbers, then their scales, then perhaps floats. `short`: whether these sums have 11 bits."""
 
     def judge(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
         scale, flips = SHORT_SUMS if short(args) else (ROUNDING[torch.float32], FLIPS)
         rest = [(g, w) for g, w in zip(got[2:], want[2:], strict=True) if w.numel()]
         return _worst(
-            _flips(got[0], want[0], flips),
+            _near(got[0], want[0]) if want[0].dtype == E4M3 else _flips(got[0], want[0], flips),
             Error(relative(got[1], want[1]), scale),
             *(Error(relative(g, w), ROUNDING[w.dtype]) for g, w in rest),
         )
@@ -370,13 +377,19 @@ def _turned_short(args: tuple[Any, ...]) -> bool:
 
 
 def _same(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
-    return _worst(*(Error(float((g != w).double().mean()), 0.0) for g, w in zip(got, want, strict=True)))
+    pairs = [(g.float(), w.float()) for g, w in zip(got, want, strict=True)]
+    return _worst(*(Error(float((g != w).double().mean()), 0.0) for g, w in pairs))
 
 
 def _fp8(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     limits = {dtype: max(limit, P_ROUNDED) for dtype, limit in ROUNDING.items()}
     on_cpu = {torch.float32: ROUNDING[torch.float32]} | dict.fromkeys((torch.float16, torch.bfloat16), VALUES_ROUNDED)
     return _floats(on_cpu if args[0].device.type == "cpu" else limits)(args, got, want)
+
+
+def _multiplied_fp8(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
+    limits = {dtype: max(limit, FP8_SUMS) for dtype, limit in ROUNDING.items()}
+    return _floats(ROUNDING if args[0].device.type == "cpu" else limits)(args, got, want)
 
 
 def _refreshed(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
@@ -415,7 +428,7 @@ def _packed(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     sums = [Error(relative(got[i], want[i]), ROUNDING[torch.float32]) for i in (1, 3, 5, 6, 7)]
     sums += [Error(relative(got[i], want[i]), CANCELLED) for i in (8, 9)]
     whole = [_flips(got[i], want[i], FLIPS) for i in (0, 2)]
-    return _worst(*sums, *whole, Error(relative(got[4].float(), want[4].float()), V_ROUNDED))
+    return _worst(*sums, *whole, _near(got[4], want[4]))
 
 
 def _chosen(scores: Tensor, forced: Tensor | None, got: Answers, want: Answers) -> Error:
@@ -457,6 +470,8 @@ JUDGES: dict[str, Judge] = {  # every op of _versions.OPS
     "gelu_quantize": _rounded(),
     "hadamard": _floats(),
     "hadamard_quantize": _rounded(_turned_short),
+    "linear_fp8": _multiplied_fp8,
+    "linear_fp8_into": _multiplied_fp8,
     "linear_w4a8": _floats(),
     "linear_w4a8_into": _floats(),
     "linear_w8a8": _floats(),
@@ -501,8 +516,10 @@ def distinct(layers: Iterable[Layer]) -> list[Layer]:
 
 
 def _few(outputs: int) -> int:
-    """As many, or fewer, and a multiple of 8 as before, or none as before."""
-    return outputs if outputs <= OUTPUTS else OUTPUTS if outputs % 8 == 0 else OUTPUTS - 3
+    """As many, or fewer, and a multiple of 16 or of 8 as before, or none as before."""
+    if outputs <= OUTPUTS:
+        return outputs
+    return OUTPUTS if outputs % 16 == 0 else OUTPUTS - 8 if outputs % 8 == 0 else OUTPUTS - 3
 
 
 def _named(layer: Layer) -> str:
@@ -511,8 +528,11 @@ def _named(layer: Layer) -> str:
 
 def quantized(layer: Layer, device: torch.device, dtype: torch.dtype) -> QuantLinear:
     """One like it, of random weights."""
-    top = layer.spec.format.weight_top
-    whole = torch.randint(-top, top + 1, (layer.outputs, layer.inputs), dtype=torch.int8, device=device)
+    top, shape = layer.spec.format.weight_top, (layer.outputs, layer.inputs)
+    if layer.spec.format.weight_dtype == E4M3:
+        whole = (torch.randn(shape, device=device) * top / 4).clamp(-top, top).to(E4M3)
+    else:
+        whole = torch.randint(-int(top), int(top) + 1, shape, dtype=torch.int8, device=device)
     scale = (torch.rand(layer.outputs, device=device) + 0.5).to(torch.bfloat16) / top
     factor = (torch.rand(layer.inputs, device=device) + 0.5).to(torch.bfloat16) if layer.spec.scaled else None
     signs = None

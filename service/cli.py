@@ -127,7 +127,8 @@ Bits = Annotated[
     typer.Option(
         metavar="[PATTERN=]FORMAT",
         show_default=False,
-        help="Of weights, 2 to 8, and activations, 8, 6 or 4: w8a8 (default), w4a6, w3a6, w2a8; w16a16 with none. "
+        help="Of weights, 2 to 8, and activations, 8, 6 or 4: w8a8 (default), w4a6, w3a6, w2a8; fp8, and w4afp8 for "
+        "FP8 activations beside weights of 2 to 5 bits; w16a16 with none. "
         "Repeatable: 'ff.*=w8a8' is for layers whose dotted name, or what follows a dot in it, is so; later ones win, "
         "and one that matches nothing in the blocks asks for embedders or the head.",
     ),

@@ -45,7 +45,6 @@ BLOCKS_Q = (64, 128)
 BLOCKS_K = (32, 64, 128)
 LARGEST_D = 128
 GROUP = 32  # keys that are reordered among themselves
-FP8_TOP = 448.0  # the largest e4m3
 P_BITS = 8  # P, at most 1, is written as P * 2**8: its small values keep their bits, and 256 is below the top
 LOG2E = math.log2(math.e)
 
@@ -649,12 +648,6 @@ def _launch(
 def _answer(q: Tensor, dtype: torch.dtype) -> Tensor:
     batch, heads, count, size = q.shape
     return torch.empty(batch, count, heads, size, dtype=dtype, device=q.device).transpose(1, 2)
-
-
-@functools.cache
-def has_fp8(device: torch.device) -> bool:
-    """Whether this device packs and multiplies e4m3: a CPU, and GPUs from Ada and Hopper on."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _fake(q: Tensor, *args: object) -> Tensor:

@@ -2,7 +2,8 @@
 
 x       float [M, K]: gelu(x), in its tanh form, or with `exact` as it is defined, by the error function
 before  float [M, J] of x's dtype, or None: stands before it as it is, where a layer projects attention and MLP together
-q  int8 [M, J + K], row_scale  float32 [M]: both, times factor float32 [J + K] or None, rounded as quantize_rows rounds
+q  int8 or float8_e4m3fn [M, J + K], row_scale  float32 [M]: both, times factor float32 [J + K] or None, rounded to
+        `dtype` as quantize_rows rounds
 
 All in float32.
 """
@@ -23,7 +24,12 @@ LARGEST_K = 32_768  # a row is held in registers
 
 
 def gelu_quantize(
-    x: Tensor, before: Tensor | None = None, bits: int = 8, factor: Tensor | None = None, exact: bool = False
+    x: Tensor,
+    before: Tensor | None = None,
+    bits: int = 8,
+    factor: Tensor | None = None,
+    exact: bool = False,
+    dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor]:
     """(q, row_scale). Refuses operands that do not fit, and rows of more than 32,768."""
     if x.dim() != 2 or not x.is_floating_point():
@@ -32,16 +38,25 @@ def gelu_quantize(
         found = f"{before.dtype} {list(before.shape)}"
         raise ValueError(f"gelu_quantize takes before as {x.dtype} [{len(x)}, J]; got {found}")
     width = x.shape[1] + (0 if before is None else before.shape[1])
-    if width > LARGEST_K or bits not in (4, 6, 8) or (factor is not None and factor.shape != (width,)):
-        found = f"{width}, bits={bits}, factor={None if factor is None else list(factor.shape)}"
-        raise ValueError(f"gelu_quantize takes rows up to {LARGEST_K}, 4, 6 or 8 bits, a factor as wide; got {found}")
-    q, row_scale = _op(x, before, bits, factor, exact)
+    rounding.check_target("gelu_quantize", bits, dtype)
+    if width > LARGEST_K or (factor is not None and factor.shape != (width,)):
+        found = f"{width}, factor={None if factor is None else list(factor.shape)}"
+        raise ValueError(f"gelu_quantize takes rows up to {LARGEST_K}, and a factor as wide; got {found}")
+    q, row_scale = _op(x, before, bits, factor, exact, dtype)
     return q, row_scale
 
 
-def reference(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+def reference(
+    x: Tensor,
+    before: Tensor | None,
+    bits: int,
+    factor: Tensor | None,
+    exact: bool,
+    dtype: torch.dtype = torch.int8,
+) -> tuple[Tensor, Tensor]:
     real = F.gelu(x.float(), approximate="none" if exact else "tanh")
-    return rounding.reference(real if before is None else torch.cat([before.float(), real], dim=1), bits, factor)
+    real = real if before is None else torch.cat([before.float(), real], dim=1)
+    return rounding.reference(real, bits, factor, dtype)
 
 
 @jit
@@ -77,11 +92,21 @@ def _kernel(
     store_rounded(real, k, inside, q + row * (J + K), row_scale + row, top, TINY)
 
 
-def launch(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+def launch(
+    x: Tensor,
+    before: Tensor | None,
+    bits: int,
+    factor: Tensor | None,
+    exact: bool,
+    dtype: torch.dtype = torch.int8,
+) -> tuple[Tensor, Tensor]:
+    if not rounding.converts(dtype, x.device):
+        q, row_scale = _plain(x, before, bits, factor, exact, dtype)
+        return q, row_scale
     (rows, k), j = x.shape, 0 if before is None else before.shape[1]
     x = x if x.stride(1) == 1 else x.contiguous()
     before = before if before is None or before.stride(1) == 1 else before.contiguous()
-    q = torch.empty(rows, j + k, dtype=torch.int8, device=x.device)
+    q = torch.empty(rows, j + k, dtype=dtype, device=x.device)
     row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     wide = triton.next_power_of_2(j + k)
     _kernel[(rows,)](
@@ -94,7 +119,7 @@ def launch(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None, e
         k,
         x.stride(0),
         0 if before is None else before.stride(0),
-        2.0 ** (bits - 1) - 1,
+        rounding.top(bits, dtype),
         TINY=TINY,
         BEFORE=before is not None,
         FACTOR=factor is not None,
@@ -105,10 +130,18 @@ def launch(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None, e
     return q, row_scale
 
 
-def _fake(x: Tensor, before: Tensor | None, bits: int, factor: Tensor | None, exact: bool) -> tuple[Tensor, Tensor]:
+def _fake(
+    x: Tensor,
+    before: Tensor | None,
+    bits: int,
+    factor: Tensor | None,
+    exact: bool,
+    dtype: torch.dtype = torch.int8,
+) -> tuple[Tensor, Tensor]:
     width = x.shape[1] + (0 if before is None else before.shape[1])
-    return x.new_empty(len(x), width, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
+    return x.new_empty(len(x), width, dtype=dtype), x.new_empty(len(x), dtype=torch.float32)
 
 
 # The reference serves a CPU as well: beside a matmul this pass is little there.
-_op = Op("gelu_quantize", reference, _fake, cuda={"Triton": launch}, plain=in_rows(reference, 1))
+_plain = in_rows(reference, 1)
+_op = Op("gelu_quantize", reference, _fake, cuda={"Triton": launch}, plain=_plain)

@@ -1,7 +1,8 @@
 """quantize_rows(hadamard(x)) in one op: what a rotated layer does to its inputs, read once and written once.
 
 x  float32, bfloat16 or float16 [M, K]      signs  int8 [K], each 1 or -1      block  a power of two that divides K
-factor  float32 [K] or None: the rotated x is multiplied by it       q  int8 [M, K]      scale  float32 [M]
+factor  float32 [K] or None: the rotated x is multiplied by it
+q  int8 or float8_e4m3fn [M, K], as `dtype` says      scale  float32 [M]
 
 Rotate first, then scale: the order of QuantVGGT (the post-local smoothing lies behind the rotation).
 """
@@ -22,21 +23,30 @@ LARGEST_TILE = 1 << 14  # numbers that a program holds in registers
 
 
 def hadamard_quantize(
-    x: Tensor, signs: Tensor, block: int, bits: int = 8, factor: Tensor | None = None
+    x: Tensor,
+    signs: Tensor,
+    block: int,
+    bits: int = 8,
+    factor: Tensor | None = None,
+    dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor]:
     """(q, scale) of the rotated rows. Refuses what hadamard and quantize_rows refuse."""
     hadamard.check_rotation("hadamard_quantize", x, signs, block)
-    quantize_rows.check_rows("hadamard_quantize", x, bits, factor)
-    q, scale = _op(x, signs, block, bits, factor)
+    quantize_rows.check_rows("hadamard_quantize", x, bits, factor, dtype)
+    q, scale = _op(x, signs, block, bits, factor, dtype)
     return q, scale
 
 
-def reference(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    return quantize_rows.reference(hadamard.reference(x, signs, block), bits, factor)
+def reference(
+    x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows.reference(hadamard.reference(x, signs, block), bits, factor, dtype)
 
 
-def on_cpu(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0])
+def on_cpu(
+    x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
+    q, scale = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[0])
     real_signs = signs.float()
     for rows in row_chunks(*x.shape):
         real = hadamard.rotate_chunk(x[rows], real_signs, block)
@@ -100,7 +110,7 @@ def _kernel(
         tl.store(scale + rows, row_scale, mask=rows < M)
         inverse = tl.math.div_rn(tl.full((BR,), 1.0, tl.float32), row_scale)
         each = tl.reshape(tl.broadcast_to(inverse[:, None], (BR, PARTS)), (BR * PARTS,))
-        tl.store(q + at, quantize_rows.whole(turned * each[:, None]), mask=inside)
+        tl.store(q + at, quantize_rows.stored(turned * each[:, None], q), mask=inside)
 
 
 @jit
@@ -112,13 +122,16 @@ def _parity(i):
     return i & 1
 
 
-def launch(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+def launch(
+    x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
     (m, k), inner = x.shape, min(block, hadamard.tile(x.dtype), LARGEST_INNER)
     parts, across = triton.next_power_of_2(k // inner), block // inner
     fits = parts * max(inner, 16) <= LARGEST_TILE and (across == 1 or parts <= LARGEST_INNER)
+    fits = fits and quantize_rows.converts(dtype, x.device)
     if not fits or shared_kib(x.device) < TILE_KIB:  # a row does not fit, or its tile does not: two kernels
-        return quantize_rows.launch(hadamard.launch(x, signs, block), bits, factor)
-    q = torch.empty(m, k, dtype=torch.int8, device=x.device)
+        return quantize_rows.launch(hadamard.launch(x, signs, block), bits, factor, dtype)
+    q = torch.empty(m, k, dtype=dtype, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     most_rows = LARGEST_TILE // (parts * max(inner, 16))
     rows = max(1, 16 // parts, min(most_rows, LARGEST_INNER // parts) if across > 1 else most_rows)
@@ -126,7 +139,7 @@ def launch(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | Non
     precision = (
         "ieee" if x.dtype == torch.float32 else "tf32"
     )  # of sums of 16-bit numbers 11 bits are as good as their own
-    top, tiny = 2.0 ** (bits - 1) - 1, quantize_rows.TINY
+    top, tiny = quantize_rows.top(bits, dtype), quantize_rows.TINY
     programs = min(triton.cdiv(m, rows), 4 * processors(x.device))
     _kernel[(programs,)](
         x.contiguous(), signs, factor, q, scale, m, k, top, TINY=tiny, FACTOR=factor is not None, **sizes,
@@ -135,8 +148,10 @@ def launch(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | Non
     return q, scale
 
 
-def _fake(x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+def _fake(
+    x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 _op = Op("hadamard_quantize", reference, _fake, cpu={"CPU": on_cpu}, cuda={"Triton": launch}, plain=in_rows(reference))

@@ -31,6 +31,7 @@ def linear_w4a8(
     if x.dim() != 2 or x.dtype != torch.int8:
         raise ValueError(f"linear_w4a8 takes x as int8 [M, K]; got {x.dtype} {list(x.shape)}")
     unpack.check_packed("linear_w4a8", packed, x.shape[1], 4)
+    linear_w8a8.check_sums("linear_w4a8", x)
     linear_w8a8.check_epilogue("linear_w4a8", x, packed.shape[0], x_scale, w_scale, bias, out_dtype, out)
     if out is None:
         y: Tensor = _op(x, packed, x_scale, w_scale, bias, out_dtype)

@@ -38,12 +38,18 @@ def linear_w8a8(
         raise ValueError(f"linear_w8a8 takes x [M, K] and w [N, K]; got {list(x.shape)} and {list(w.shape)}")
     if x.dtype != torch.int8 or w.dtype != torch.int8:
         raise ValueError(f"linear_w8a8 takes x and w as int8; got {x.dtype} and {w.dtype}")
+    check_sums("linear_w8a8", x)
     check_epilogue("linear_w8a8", x, w.shape[0], x_scale, w_scale, bias, out_dtype, out)
     if out is None:
         y: Tensor = _op(x, w, x_scale, w_scale, bias, out_dtype)
         return y
     _into(x, w, x_scale, w_scale, bias, out)
     return out
+
+
+def check_sums(op: str, x: Tensor) -> None:
+    if x.shape[1] > LARGEST_K:
+        raise ValueError(f"{op} adds up at most {LARGEST_K} products in int32; got K={x.shape[1]}")
 
 
 def check_epilogue(
@@ -66,14 +72,12 @@ def check_epilogue(
     if out is not None and (out.shape != (x.shape[0], n) or out.dtype != out_dtype or not out.is_contiguous()):
         found = f"{out.dtype} {list(out.shape)}, strides {out.stride()}"
         raise ValueError(f"{op}: out is a contiguous {out_dtype} [{x.shape[0]}, {n}]; got {found}")
-    if x.shape[1] > LARGEST_K:
-        raise ValueError(f"{op} adds up at most {LARGEST_K} products in int32; got K={x.shape[1]}")
 
 
 def reference(
     x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    sums = x.double() @ w.double().T  # float64 holds every int8 dot product exactly
+    sums = x.double() @ w.double().T  # float64 holds every dot product of int8, and of e4m3, exactly
     out = sums * x_scale[:, None] * w_scale
     return (out if bias is None else out + bias).to(out_dtype)
 
@@ -104,14 +108,20 @@ def on_cpu(
     for rows in row_chunks(x.shape[0], max(w.shape)):
         out = y[rows]
         real = out if out_dtype == torch.float32 else scratch("linear", tuple(out.shape), torch.float32)
-        products(operand(x[rows], "linear rows"), weights, real).mul_(w_scale)
-        if offset is None:
-            real.mul_(x_scale[rows, None])
-        else:
-            torch.addcmul(offset, real, x_scale[rows, None], out=real)
-        if real is not out:
-            out.copy_(real)
+        products(operand(x[rows], "linear rows"), weights, real)
+        finish(real, x_scale[rows], w_scale, offset, out)
     return y
+
+
+def finish(sums: Tensor, x_scale: Tensor, w_scale: Tensor, offset: Tensor | None, out: Tensor) -> None:
+    """Some rows of y from their float32 sums, which are overwritten and may be `out`; offset is the bias in float32."""
+    sums.mul_(w_scale)
+    if offset is None:
+        sums.mul_(x_scale[:, None])
+    else:
+        torch.addcmul(offset, sums, x_scale[:, None], out=sums)
+    if sums is not out:
+        out.copy_(sums)
 
 
 @jit

@@ -3,7 +3,8 @@
 x             float [B, N, K]; with y [B, N, K] and gate, x + gate * y stands in its place
 shift, scale, gate  float [B, K]; or [B, 2, K]: [:, 0] is of the `first` tokens in front, [:, 1] of those behind them
 h             norm(x) * (1 + scale) + shift, a layer norm without weights of its own
-q  int8 [B * N, K], row_scale  float32 [B * N]: h, times factor float32 [K] or None, rounded as quantize_rows rounds
+q  int8 or float8_e4m3fn [B * N, K], row_scale  float32 [B * N]: h, times factor float32 [K] or None, rounded to
+              `dtype` as quantize_rows rounds
 x'            x, or x + gate * y in x's dtype, which is what is normalized then
 
 norm_modulate answers h in x's dtype instead, for layers that rotate their input. All in float32.
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from quant_runtime.kernels import quantize_rows as rounding
 from quant_runtime.kernels._triton import jit, tl, triton
 from quant_runtime.kernels._versions import Op
-from quant_runtime.kernels.quantize_rows import TINY, whole
+from quant_runtime.kernels.quantize_rows import TINY, stored
 
 LARGEST_K = 16_384  # a row is held in registers
 
@@ -33,13 +34,14 @@ def norm_quantize(
     bits: int = 8,
     factor: Tensor | None = None,
     first: int = 0,
+    dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q, row_scale, x'). Refuses operands that do not fit, and K above 16,384."""
     _check("norm_quantize", x, shift, scale, y, gate, first)
-    if bits not in (4, 6, 8) or (factor is not None and factor.shape != x.shape[2:]):
-        found = f"bits={bits}, factor={None if factor is None else list(factor.shape)}"
-        raise ValueError(f"norm_quantize rounds to 4, 6 or 8 bits, with a factor [{x.shape[2]}] or None; got {found}")
-    q, row_scale, added = _op(x, shift, scale, y, gate, eps, bits, factor, first)
+    rounding.check_target("norm_quantize", bits, dtype)
+    if factor is not None and factor.shape != x.shape[2:]:
+        raise ValueError(f"norm_quantize takes a factor [{x.shape[2]}] or None; got {list(factor.shape)}")
+    q, row_scale, added = _op(x, shift, scale, y, gate, eps, bits, factor, first, dtype)
     return q, row_scale, x if y is None else added
 
 
@@ -85,9 +87,10 @@ def reference(
     bits: int,
     factor: Tensor | None,
     first: int,
+    dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     h, added = _real(x, shift, scale, y, gate, eps, first)
-    return *rounding.reference(h.flatten(0, 1), bits, factor), added
+    return *rounding.reference(h.flatten(0, 1), bits, factor, dtype), added
 
 
 def plain_reference(
@@ -173,13 +176,13 @@ def _kernel(
 
 @jit
 def store_rounded(real, k, inside, q, row_scale, top, TINY: tl.constexpr):
-    """One row, held in registers: its scale and its whole numbers, as quantize_rows has them."""
+    """One row, held in registers: its scale and its numbers, as quantize_rows has them."""
     most = tl.max(tl.abs(real), axis=0)
     broken = tl.max((real != real).to(tl.float32), axis=0)  # a GPU's maximum passes over NaN
     scale = tl.math.div_rn(tl.maximum(most, TINY), top)
     scale = tl.where(broken > 0, float("nan"), scale)
     tl.store(row_scale, scale)
-    tl.store(q + k, whole(real * tl.math.div_rn(1.0, scale)), mask=inside)
+    tl.store(q + k, stored(real * tl.math.div_rn(1.0, scale), q), mask=inside)
 
 
 def launch(
@@ -192,11 +195,14 @@ def launch(
     bits: int,
     factor: Tensor | None,
     first: int,
+    dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not rounding.converts(dtype, x.device):
+        return reference(x, shift, scale, y, gate, eps, bits, factor, first, dtype)
     rows = x.shape[0] * x.shape[1]
-    q = torch.empty(rows, x.shape[2], dtype=torch.int8, device=x.device)
+    q = torch.empty(rows, x.shape[2], dtype=dtype, device=x.device)
     row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    added = _launch(x, shift, scale, y, gate, eps, 2.0 ** (bits - 1) - 1, factor, None, q, row_scale, first)
+    added = _launch(x, shift, scale, y, gate, eps, rounding.top(bits, dtype), factor, None, q, row_scale, first)
     return q, row_scale, added
 
 
@@ -265,10 +271,19 @@ def _launch(
 
 
 def _fake(
-    x: Tensor, shift: Tensor, scale: Tensor, y: Tensor | None, gate: Tensor | None, eps: float, bits: int, *_: object
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    bits: int,
+    factor: Tensor | None,
+    first: int,
+    dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[0] * x.shape[1]
-    q, row_scale = x.new_empty(rows, x.shape[2], dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
+    q, row_scale = x.new_empty(rows, x.shape[2], dtype=dtype), x.new_empty(rows, dtype=torch.float32)
     return q, row_scale, x.new_empty(0 if y is None else x.shape)
 
 

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, pad
 
+from quant_runtime.kernels._fp8 import FP8_TOP
 from quant_runtime.kernels._triton import jit, tl, triton
 from quant_runtime.kernels._versions import Op
-from quant_runtime.kernels.attention_fp8 import FP8_TOP, slots
+from quant_runtime.kernels.attention_fp8 import slots
 from quant_runtime.kernels.blocks_by_mass import NOTHING, likeness
 from quant_runtime.kernels.quantize_rows import TINY, step, whole
 

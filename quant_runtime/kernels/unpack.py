@@ -1,7 +1,7 @@
-"""Packed weights of 2 to 7 bits to int8, ahead of a matmul large enough to hide it.
+"""Packed weights of 2 to 7 bits to int8 or FP8, ahead of a matmul large enough to hide it.
 
-packed  uint8 [N, packed_bytes(K, bits)]
-w  int8 [N, K], -2^(bits - 1) to 2^(bits - 1) - 1, in two's complement
+packed  uint8 [N, packed_bytes(K, bits)], whole numbers in two's complement
+w  int8 or, of up to 5 bits, float8_e4m3fn [N, K], as `dtype` says: -2^(bits - 1) to 2^(bits - 1) - 1, exactly
 
 A width is a sum of 4, 2 and 1, and a row lies in as many planes, the one of most bits first and with the lowest bits
 of each weight: 3 bits are a plane of 2 and then a plane of 1. A plane of p bits and `span` bytes holds 8/p weights a
@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 
 from quant_runtime.kernels._cpu import row_chunks, scratch
+from quant_runtime.kernels._fp8 import E4M3, FP8_WHOLE, has_fp8
 from quant_runtime.kernels._triton import jit, tl, triton
 from quant_runtime.kernels._versions import Op
 
 WIDTHS = (2, 3, 4, 5, 6, 7)
 
 
-def unpack(packed: Tensor, inputs: int, bits: int) -> Tensor:
-    """The int8 [N, inputs] that `packed` holds. `inputs` is K: the packing does not tell it from its padding."""
+def unpack(packed: Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    """What `packed` holds, [N, inputs]. `inputs` is K: the packing does not tell it from its padding."""
     check_packed("unpack", packed, inputs, bits)
-    out: Tensor = _op(packed, inputs, bits)
+    if dtype != torch.int8 and (dtype != E4M3 or 1 << (bits - 1) > FP8_WHOLE):
+        raise ValueError(f"unpack answers in int8, or of up to 5 bits in {E4M3}; got {dtype} and {bits} bits")
+    out: Tensor = _op(packed, inputs, bits, dtype)
     return out
 
 
@@ -53,7 +56,7 @@ def planes(inputs: int, bits: int) -> list[tuple[int, int]]:
     return [(width, unit * width // narrowest) for width in (4, 2, 1) if bits & width]
 
 
-def reference(packed: Tensor, inputs: int, bits: int) -> Tensor:
+def reference(packed: Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.int8) -> Tensor:
     k = torch.arange(inputs, device=packed.device)
     whole = torch.zeros(packed.shape[0], inputs, dtype=torch.int32, device=packed.device)
     start, low = 0, 0
@@ -61,11 +64,11 @@ def reference(packed: Tensor, inputs: int, bits: int) -> Tensor:
         field = (packed[:, start + k % span].int() >> (k // span * width)) & ((1 << width) - 1)
         whole += field << low
         start, low = start + span, low + width
-    return torch.where(whole < 1 << (bits - 1), whole, whole - (1 << bits)).to(torch.int8)
+    return torch.where(whole < 1 << (bits - 1), whole, whole - (1 << bits)).float().to(dtype)
 
 
-def on_cpu(packed: Tensor, inputs: int, bits: int) -> Tensor:
-    return unpack_into(torch.empty(packed.shape[0], inputs, dtype=torch.int8), packed, bits)
+def on_cpu(packed: Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    return unpack_into(torch.empty(packed.shape[0], inputs, dtype=torch.int8), packed, bits).to(dtype)
 
 
 def unpack_into(w: Tensor, packed: Tensor, bits: int) -> Tensor:
@@ -127,7 +130,10 @@ def _kernel(packed, w, K, UNIT, BITS: tl.constexpr, NARROWEST: tl.constexpr, BJ:
         whole |= _field(bytes_, part, inside, UNIT, BITS, NARROWEST, 2)
     if BITS & 1:
         whole |= _field(bytes_, part, inside, UNIT, BITS, NARROWEST, 1)
-    tl.store(w + row * K + k, ((whole << (32 - BITS)) >> (32 - BITS)).to(tl.int8), mask=inside)
+    whole = (whole << (32 - BITS)) >> (32 - BITS)
+    if w.dtype.element_ty != tl.int8:
+        whole = whole.to(tl.float32)
+    tl.store(w + row * K + k, whole.to(w.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -139,18 +145,20 @@ def _field(bytes_, part, inside, UNIT, BITS: tl.constexpr, NARROWEST: tl.constex
     return ((byte >> (part // units * WIDTH)) & ((1 << WIDTH) - 1)) << low
 
 
-def launch(packed: Tensor, inputs: int, bits: int) -> Tensor:
+def launch(packed: Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    if dtype == E4M3 and not has_fp8(packed.device):  # Triton has no conversion there, torch has
+        return launch(packed, inputs, bits).to(dtype)
     n, narrowest = packed.shape[0], bits & -bits
     unit = packed.shape[1] * narrowest // bits
-    w = torch.empty(n, inputs, dtype=torch.int8, device=packed.device)
+    w = torch.empty(n, inputs, dtype=dtype, device=packed.device)
     block = min(triton.next_power_of_2(unit), 512 * narrowest)  # of 8 / narrowest parts: 4096 weights at most
     grid = (n, triton.cdiv(unit, block))
     _kernel[grid](packed.contiguous(), w, inputs, unit, BITS=bits, NARROWEST=narrowest, BJ=block)
     return w
 
 
-def _fake(packed: Tensor, inputs: int, bits: int) -> Tensor:
-    return packed.new_empty(packed.shape[0], inputs, dtype=torch.int8)
+def _fake(packed: Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    return packed.new_empty(packed.shape[0], inputs, dtype=dtype)
 
 
 _op = Op("unpack", reference, _fake, cpu={"CPU": on_cpu}, cuda={"Triton": launch})

@@ -1,4 +1,4 @@
-"""Round to nearest: whole weights within ±top, symmetric, one scale per output channel. Every method ends in it."""
+"""Round to nearest: weights within ±top, symmetric, one scale per output channel. Every method ends in it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quant_runtime.calibrate import LayerStats
 from quant_runtime.formats import QuantFormat
+from quant_runtime.kernels.quantize_rows import nearest
 from quant_runtime.linear import LinearSpec, QuantLinear
 
 TINY = 1e-30  # the scale of a row of zeros is not zero
@@ -18,7 +19,7 @@ CLIPS = tuple(1.0 - 0.02 * step for step in range(26))  # 1.00, 0.98 ... 0.50 of
 
 @dataclass(frozen=True)
 class Rtn:
-    """`clip` says where a row's largest whole number lies.
+    """Of FP8 weights it is the nearest number of e4m3. `clip` says where a row's largest number lies.
 
     "absmax", the default: at its largest weight. "mse": at the fraction of it, of those in CLIPS, that leaves the least
     squared error in the row's weights.
@@ -39,19 +40,19 @@ class Rtn:
         return QuantLinear.of(whole, scale, self.spec(layer.in_features, fmt), layer.bias)
 
     def round_weight(self, weight: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor]:
-        """Float weights [N, K] to whole ones, int8 [N, K], and their scale, bfloat16 [N]: rounded before they are."""
+        """Float weights [N, K] in fmt.weight_dtype, and their scale, bfloat16 [N]: rounded before they are."""
         weight = weight.float()
         full = (weight.abs().amax(dim=1).clamp(min=TINY) / fmt.weight_top).bfloat16().float()
         if self.clip == "absmax":
-            return _rounded(weight, full, fmt.weight_top).to(torch.int8), full.bfloat16()
+            return _rounded(weight, full, fmt), full.bfloat16()
 
         scale, least = full, torch.full_like(full, torch.inf)
         for fraction in CLIPS:
             tried = (full * fraction).bfloat16().float()
-            error = (_rounded(weight, tried, fmt.weight_top) * tried[:, None] - weight).square().sum(dim=1)
+            error = (_rounded(weight, tried, fmt).float() * tried[:, None] - weight).square().sum(dim=1)
             scale, least = torch.where(error < least, tried, scale), torch.minimum(error, least)
-        return _rounded(weight, scale, fmt.weight_top).to(torch.int8), scale.bfloat16()
+        return _rounded(weight, scale, fmt), scale.bfloat16()
 
 
-def _rounded(weight: Tensor, scale: Tensor, top: int) -> Tensor:
-    return (weight / scale[:, None]).round().clamp(-top, top)
+def _rounded(weight: Tensor, scale: Tensor, fmt: QuantFormat) -> Tensor:
+    return nearest((weight / scale[:, None]).clamp(-fmt.weight_top, fmt.weight_top), fmt.weight_dtype)

@@ -16,7 +16,7 @@ from models.video import rotated
 from quant_runtime import quality
 from quant_runtime.attention import AttentionPlan, AttentionState, attend
 from quant_runtime.formats import QuantFormat
-from quant_runtime.methods import QuaRot, Rtn
+from quant_runtime.methods import QuaRot, Rtn, SmoothQuant
 from quant_runtime.residual import Residual
 from quant_runtime.sparsity.bands import Bands
 from quant_runtime.sparsity.base import TokenLayout
@@ -55,12 +55,21 @@ def checkpoint(name, folder):
     return family, folder / "checkpoint"
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_an_artifact_in_8_bits_throughout_films_the_same_whenever_it_is_opened(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "method", "bits"),
+    [
+        *((name, QuaRot(), "W8A8") for name in KINDS),
+        ("wan", SmoothQuant(), "FP8"),
+        ("hunyuan_video", Rtn(), "W4AFP8"),
+        ("cogvideox", QuaRot(), "FP8"),
+    ],
+)
+def test_an_artifact_in_8_bits_throughout_films_the_same_whenever_it_is_opened(name, method, bits, tmp_path):
     family, source = checkpoint(name, tmp_path)
-    recipe = Recipe(QuaRot(), QuantFormat.parse("w8a8"), PLAN)
+    recipe = Recipe(method, QuantFormat.parse(bits), PLAN)
     made = films.made(family, source, recipe, tmp_path / "artifact")
     assert made.manifest.attention.fp8_calls == 1.0
+    assert {layer.format for layer in made.manifest.layers.values()} == {bits}
     model = load.load(tmp_path / "artifact", "cpu")
     block = next(iter(model.network.blocks if name == "wan" else model.network.transformer_blocks))
     assert isinstance(block.forward, KINDS[name][1])

@@ -30,6 +30,11 @@ RECIPES = {
     "wan in 8 bits throughout, blocks by mass": ("wan", Recipe(Rtn(), QuantFormat.parse("w4a6"), MASS)),
     "hunyuan_video turned, in 8 bits throughout": ("hunyuan_video", Recipe(QuaRot(), QuantFormat.parse("w4a4"), FP8)),
     "hunyuan_video in 8 bits throughout": ("hunyuan_video", Recipe(SmoothQuant(), QuantFormat.parse("w8a8"), FP8)),
+    "hunyuan_video, whole weights and FP8 throughout": (
+        "hunyuan_video",
+        Recipe(SmoothQuant(), QuantFormat.parse("w4afp8"), FP8),
+    ),
+    "cogvideox in FP8 throughout": ("cogvideox", Recipe(Rtn(), QuantFormat.parse("fp8"), FP8)),
     "cogvideox": ("cogvideox", Recipe(Rtn(), QuantFormat.parse("w3a8"), SPARSE)),
     "cogvideox in 8 bits throughout": ("cogvideox", Recipe(Rtn(), QuantFormat.parse("w4a8"), FP8)),
     "vggt": ("vggt", Recipe(QuaRot(), QuantFormat.parse("w4a8"), SPARSE)),

@@ -40,6 +40,17 @@ def chosen(**change):
     return Namespace(**usual | change)
 
 
+@pytest.mark.parametrize(("bits", "error"), [("fp8", 2 * W8A8), ("w4afp8", 10 * W8A8)])
+def test_a_step_in_fp8_is_measured_under_its_name(bits, error, monkeypatch):
+    name = "hunyuan-video"
+    monkeypatch.setitem(step_bench.PUBLISHED, name, replace(PUBLISHED[name], config=SMALL[name]))
+    with torch.inference_mode():
+        rows = [*step_bench.rows(name, chosen(bits=bits, steps=0))]
+    cases = [row["case"].removeprefix(f"{name} 192x128x17 ") for row in rows]
+    assert cases == ["bfloat16 cuDNN", f"{bits.upper()} rtn dense", f"{bits.upper()} rtn density 0.5"]
+    assert 0 < rows[1]["error"] < error
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_step_is_measured_beside_bfloat16_and_answers_the_same(name, monkeypatch):
     monkeypatch.setitem(step_bench.PUBLISHED, name, replace(PUBLISHED[name], config=SMALL[name]))

@@ -20,7 +20,7 @@ from models.compress import Recipe
 from models.wan import Wan
 from quant_runtime import artifact
 from quant_runtime.attention import AttentionPlan
-from quant_runtime.formats import W4A8, W8A8, W16A16
+from quant_runtime.formats import FP8, W4A8, W4AFP8, W8A8, W16A16
 from quant_runtime.methods import Keep, QuaRot, Rtn, SmoothQuant
 from quant_runtime.rules import Rule
 from tests.models import films
@@ -90,7 +90,10 @@ def left(out):
     return [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")]
 
 
-@pytest.mark.parametrize(("method", "format_"), [(Rtn(), W4A8), (QuaRot(), W8A8), (Keep(), W16A16)])
+@pytest.mark.parametrize(
+    ("method", "format_"),
+    [(Rtn(), W4A8), (QuaRot(), W8A8), (Rtn(clip="mse"), FP8), (QuaRot(), W4AFP8), (Keep(), W16A16)],
+)
 def test_layer_by_layer_comes_out_what_comes_out_of_the_whole(checkpoint, whole, tmp_path, method, format_):
     recipe = Recipe(method=method, format=format_, judging_samples=0)
     compress.compress(Wan(), whole, recipe, tmp_path / "a", base="tiny", device="cpu", on_progress=lambda *_: None)
@@ -104,7 +107,7 @@ def test_layer_by_layer_comes_out_what_comes_out_of_the_whole(checkpoint, whole,
     assert not left(tmp_path / "b")
 
 
-MIXED = (Rule("to_v", W8A8), Rule("blocks.1.attn1.to_q", W16A16), Rule("text_embedder.*", W8A8))
+MIXED = (Rule("to_v", W8A8), Rule("blocks.1.attn1.to_q", W16A16), Rule("text_embedder.*", W8A8), Rule("ffn.*", FP8))
 
 
 @pytest.mark.parametrize("method", [Rtn(), QuaRot()])

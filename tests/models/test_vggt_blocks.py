@@ -21,7 +21,7 @@ FLOAT32 = 1e-6  # the same sums in another order
 FLIPS = 1e-3  # here and there an entry falls to the other side of a half
 MANY_FLIPS = 0.03  # 14 blocks hand each of them on to every token, as they hand on what rounding itself does
 FP8_VALUES = 0.03  # what P and V in FP8 do to the taps
-FORMATS = [("rtn", "W8A8"), ("quarot", "W4A8"), ("rtn", "W3A6")]
+FORMATS = [("rtn", "W8A8"), ("quarot", "W4A8"), ("rtn", "W3A6"), ("rtn", "FP8")]
 PACKED = AttentionPlan(dense_qk_bits=8, pv_bits=8)
 PLANS = {
     "packed": PACKED,

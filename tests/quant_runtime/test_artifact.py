@@ -66,6 +66,32 @@ def test_a_network_without_memory_is_loaded_as_well(made):
     assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.parametrize("method", [Rtn(), SmoothQuant(), QuaRot()], ids=lambda method: type(method).__name__)
+def test_fp8_is_saved_and_loaded_bit_for_bit_and_by_its_name_alone(method, tmp_path):
+    model, x = network(), torch.randn(20, 48)
+    stats = observe(model, NAMES, lambda _: model(x))
+    reports = convert(model, {"0": (method, formats.FP8), "2": (method, formats.W4AFP8)}, stats)
+    draft = Manifest(
+        family="test",
+        base=Base(name="n"),
+        method=artifact.method_record(method),
+        layers=artifact.layer_records(reports),
+    )
+    artifact.save(tmp_path / "a", draft, lambda folder: artifact.write_weights(model, folder))
+    manifest = artifact.read_manifest(tmp_path / "a")
+    assert [layer.format for layer in manifest.layers.values()] == ["FP8", "W4AFP8"]
+    assert manifest.specs() == {name: report.spec for name, report in reports.items()}
+    loaded = network()
+    artifact.load_into(loaded, tmp_path / "a")
+    assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
+    assert torch.equal(loaded(x), model(x))
+    wrong = manifest.model_dump(mode="json")["layers"]
+    wrong["0"]["format"] = "W8A8"
+    change(tmp_path / "a" / "manifest.json", layers=wrong)
+    with pytest.raises(ArtifactError, match=r"0\.qweight is torch\.uint8 .*; the network has torch\.int8"):
+        artifact.load_into(network(), tmp_path / "a")
+
+
 def test_the_manifest_tells_every_layer_and_every_file(made):
     folder, manifest, model = made
     assert set(manifest.files) == {"config.json", "net/model.safetensors"}
@@ -113,6 +139,7 @@ def change(path, **fields):
             "no path of a file inside",
         ),
         (lambda f: change(f / "manifest.json", layers={"0": {"format": "W9A8"}}), r"layers\.0\.format"),
+        (lambda f: change(f / "manifest.json", layers={"0": {"format": "W8AFP8"}}), r"layers\.0\.format.*W2AFP8"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_refused_by_name(made, damage, said):

@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quant_runtime.attention import AttentionPlan, AttentionState, SharedState, attend, describe_paths
 from quant_runtime.kernels._cpu import cpu_int8_path
+from quant_runtime.kernels._fp8 import has_fp8
 from quant_runtime.residual import Residual
 from quant_runtime.sparsity.base import AttentionCall, TokenLayout
 from quant_runtime.sparsity.dense import Dense
@@ -379,4 +380,14 @@ def test_the_arithmetic_of_a_device_is_said_in_words():
     said = describe_paths("cpu")
     assert said.keys() == {"linear", "attention"}
     assert ("oneDNN" in said["linear"]) == (cpu_int8_path() == "onednn")
+    assert said["linear"].endswith("; FP8 as float32 products")
     assert "Triton" in describe_paths("cuda")["linear"]
+
+
+def test_a_card_without_fp8_is_said_to_multiply_it_in_bfloat16(monkeypatch):
+    has_fp8.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    said = describe_paths("cuda:5")["linear"]
+    has_fp8.cache_clear()
+    assert said.endswith("; FP8 as bfloat16, torch: this GPU has no FP8")

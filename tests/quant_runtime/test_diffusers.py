@@ -59,13 +59,17 @@ def video(pipeline: DiffusionPipeline) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(folder, pipeline): an artifact of a small Wan with layers of two formats, and the pipeline it was saved from."""
+    """(folder, pipeline): an artifact of a small Wan with layers of four formats, and what it was saved from."""
     torch.manual_seed(0)
     pipeline = wan()
     network = pipeline.transformer
     names = [n for n, layer in network.named_modules() if isinstance(layer, nn.Linear) and n.startswith("blocks.")]
     stats = observe(network, names, lambda _: video(pipeline))
-    plan = {name: (QuaRot(), formats.W4A8) if "ffn" in name else (SmoothQuant(), formats.W8A8) for name in names}
+    turned = {"ffn.net.0.proj": formats.W4AFP8, "ffn.net.2": formats.W4A8}
+    plan = {name: (QuaRot(), fmt) for name in names for end, fmt in turned.items() if name.endswith(end)}
+    plan |= {
+        name: (SmoothQuant(), formats.FP8 if "attn2" in name else formats.W8A8) for name in names if name not in plan
+    }
     reports = convert(network, plan, stats)
     quant_runtime.diffusers.mark(network, {name: report.spec for name, report in reports.items()})
     folder = tmp_path_factory.mktemp("artifacts") / "wan"
@@ -95,6 +99,10 @@ def test_a_loader_that_casts_leaves_whole_numbers_and_scales_alone(saved):
     assert cast.scale_shift_table.dtype == torch.float32, "Wan keeps it so, with us as without us"
     for name in ("qweight", "weight_scale", "input_signs"):
         assert torch.equal(getattr(layer, name), getattr(own, name))
+    layer, own = cast.blocks[0].attn2.to_q, pipeline.transformer.blocks[0].attn2.to_q
+    assert layer.spec.format == formats.FP8
+    for name in ("qweight", "weight_scale", "input_factor"):
+        assert torch.equal(getattr(layer, name), getattr(own, name))
 
 
 def test_an_opened_artifact_can_be_saved_again(saved, tmp_path):
@@ -103,6 +111,8 @@ def test_an_opened_artifact_can_be_saved_again(saved, tmp_path):
     configs = [json.loads((path / "config.json").read_text()) for path in (folder / "transformer", tmp_path)]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     assert configs[0]["quantization_config"]["layers"]["blocks.0.ffn.net.2"]["format"] == "W4A8"
+    assert configs[0]["quantization_config"]["layers"]["blocks.1.attn2.to_q"]["format"] == "FP8"
+    assert configs[0]["quantization_config"]["layers"]["blocks.1.ffn.net.0.proj"]["format"] == "W4AFP8"
 
 
 def test_our_own_loader_reads_the_same_folder(saved):

@@ -18,6 +18,7 @@ from quant_runtime.kernels import (
     attention_fp8,
     block_map,
     blocks_by_mass,
+    linear_fp8,
     linear_w8a8,
     quantize_rows,
     unpack,
@@ -35,6 +36,10 @@ LAYERS = (
     Layer(LinearSpec(QuantFormat.parse("W8A8")), 256, 512, bias=True),
     Layer(LinearSpec(QuantFormat.parse("W4A8"), scaled=True, rotation=64), 320, 511, bias=False),
     Layer(LinearSpec(QuantFormat.parse("W3A6")), 3072, 9216, bias=True),
+)
+FP8_LAYERS = (
+    Layer(LinearSpec(QuantFormat.parse("FP8"), scaled=True), 256, 512, bias=True),
+    Layer(LinearSpec(QuantFormat.parse("W4AFP8"), rotation=64), 320, 511, bias=False),
 )
 PLAN = AttentionPlan(TopK(0.25), warmup=0.3, dense_layers=(1,), dense_qk_bits=8)
 NEEDS = Needs(LAYERS, PLAN, (64,), LAYOUT, torch.float32)
@@ -84,6 +89,32 @@ def test_what_is_needed_is_tested_and_nothing_else_and_passes(plan, ops, device)
     assert not any(line.error.found > line.error.allowed for line in report.lines)
 
 
+def test_layers_in_fp8_are_tested_as_they_run(device):
+    report = run(pieces(replace(NEEDS, layers=FP8_LAYERS, plan=AttentionPlan()), device), device)
+    assert (report.verdict, report.failures) == ("passed", {})
+    assert {line.op for line in report.lines} == {"quantize_rows", "hadamard_quantize", "linear_fp8", "unpack"}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("linear_fp8", lambda x, w, *rest: linear_fp8.reference(x, w.roll(1, 0), *rest)),
+        ("linear_fp8", lambda *args: linear_fp8.reference(*args[:4], None, args[5])),
+        ("unpack", lambda packed, inputs, bits, dtype: -unpack.reference(packed, inputs, bits, torch.int8).to(dtype)),
+        ("quantize_rows", lambda *args: truncated(*quantize_rows.reference(*args))),
+    ],
+)
+def test_what_is_wrong_with_fp8_is_found(name, wrong, broken, device):
+    broken(name, wrong)
+    layers = (FP8_LAYERS[0], replace(FP8_LAYERS[1], spec=LinearSpec(QuantFormat.parse("W4AFP8"))))
+    assert run(pieces(replace(LINEAR, layers=layers), device), device).failures.keys() == {name}
+
+
+def truncated(q, scale):
+    """Without the last bit."""
+    return (q.view(torch.uint8) & 0xFE).view(q.dtype), scale
+
+
 def one_column_short(x, w, *rest):
     y = linear_w8a8.reference(x, w, *rest)
     short = torch.empty_like(y)
@@ -109,7 +140,7 @@ WRONG = {
     "no compiler": (raising, "RuntimeError: Failed to find C compiler. Please specify via CC environment variable."),
     "another shape": (
         lambda *args: linear_w8a8.reference(*args)[:2],
-        "broken answers torch.float32 [2, 264], where torch.float32 [131, 264] is",
+        "broken answers torch.float32 [2, 272], where torch.float32 [131, 272] is",
     ),
 }
 

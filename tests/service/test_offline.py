@@ -99,7 +99,7 @@ def test_a_table_is_for_heads_that_choose_and_for_a_model_that_films():
         offline.recipe("rtn", [], [], plan("topk:0.3"), 1, 1, table=True)
 
 
-@pytest.mark.parametrize("bits", ["w2a8", "w3a6", "w3a8", "w5a8", "w6a6", "w7a4"])
+@pytest.mark.parametrize("bits", ["w2a8", "w3a6", "w3a8", "w5a8", "w6a6", "w7a4", "fp8", "w4afp8", "w2afp8"])
 def test_every_width_of_weights_makes_a_recipe(bits):
     assert str(offline.recipe("rtn", [bits], [], AttentionPlan(), 1, 1).format) == bits.upper()
 
@@ -120,6 +120,9 @@ def test_patterns_of_bits_are_rules_in_their_order_and_what_is_kept_comes_last()
         ("rtn", ["w4a8", "=w8a8"], "PATTERN=FORMAT"),
         ("rtn", ["w4a8", "ff.*=w9a8"], "2 to 8"),
         ("rtn", ["w4a8", "ff.*=w4a16"], "W4A16"),
+        ("rtn", ["fp8", "ff.*=w8afp8"], "W2AFP8 to W5AFP8; got W8AFP8"),
+        ("rtn", ["fp8", "w4afp8"], "one format for all layers"),
+        ("none", ["fp8"], "--method none"),
         ("none", ["w16a16", "ff.*=w8a8"], "--method none"),
         ("none", [], "w16a16"),
     ],
@@ -273,11 +276,14 @@ def test_layers_get_the_format_that_their_pattern_asks_for_and_inspect_says_so(m
     checkpoint, out = made[0].parent / "tiny", tmp_path / "out"
     words = ["quantize", str(checkpoint), *way, "--out", str(out), "--judging-samples", "0", "--bits", "w4a8"]
     words += ["--bits", "ffn.*=w8a8", "--bits", "time_proj=w8a8", "--keep", "blocks.0.attn2.*"]
+    words += ["--bits", "blocks.1.ffn.net.2=fp8", "--bits", "blocks.1.attn1.*=w4afp8"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     said = dict(offline.rows(artifact.read_manifest(out)))
-    assert said["layers"] == "12 × W4A8, 5 × W8A8, 4 kept in 16 bits"
-    assert said["W8A8"] == "condition_embedder.time_proj, blocks.0-1.ffn.net.0.proj, blocks.0-1.ffn.net.2"
+    assert said["layers"] == "8 × W4A8, 4 × W8A8, 4 × W4AFP8, 1 × FP8, 4 kept in 16 bits"
+    assert said["W8A8"] == "condition_embedder.time_proj, blocks.0-1.ffn.net.0.proj, blocks.0.ffn.net.2"
+    assert said["FP8"] == "blocks.1.ffn.net.2"
+    assert said["W4AFP8"] == ", ".join(f"blocks.1.attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
     assert said["16 bits"].startswith("blocks.0.attn2.to_q, blocks.0.attn2.to_k, ")
     manifest = json.loads((out / "manifest.json").read_text())
     formats = {name: layer["format"] for name, layer in manifest["layers"].items()}

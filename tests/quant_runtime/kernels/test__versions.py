@@ -12,6 +12,7 @@ from quant_runtime.kernels import (
     gelu_quantize,
     hadamard,
     hadamard_quantize,
+    linear_fp8,
     linear_w4a8,
     linear_w8a8,
     quantize_rows,
@@ -124,11 +125,23 @@ def test_linear_layers_in_parts_do_too(with_bias, device, monkeypatch):
         assert torch.equal(out, op.in_parts(*args))
 
 
+def test_a_layer_in_fp8_is_written_by_every_version_where_it_is_wanted(device, monkeypatch):
+    monkeypatch.setattr(linear_fp8, "PART_ELEMENTS", 7 * 2050)
+    x, w = (rows(n, 2050, device).to(torch.float8_e4m3fn) for n in (33, 20))
+    args = (x, w, torch.rand(33, device=device), torch.rand(20, device=device), torch.randn(20, device=device))
+    want = linear_fp8.reference(*args, torch.float32)
+    for version in OPS["linear_fp8_into"].versions("cpu"):
+        out = torch.full((33, 20), torch.nan, device=device)
+        version.call(*args, out)
+        assert relative_error(out, want) < FP32_ROUNDING
+
+
 def test_rows_some_at_a_time_are_all_rows(device, monkeypatch):
     monkeypatch.setattr(_versions, "PART_ELEMENTS", 4 * 64)  # four rows at a time
     x, factor = rows(10, 64, device, outliers=True), torch.rand(64, device=device)
     calls = [
         (quantize_rows, (x, 8, factor)),
+        (quantize_rows, (x, 8, None, torch.float8_e4m3fn)),
         (hadamard, (x, signs(64, device), 16)),
         (hadamard_quantize, (x, signs(64, device), 16, 4, None)),
         (gelu_quantize, (x, rows(10, 32, device), 8, None, False)),
@@ -137,4 +150,4 @@ def test_rows_some_at_a_time_are_all_rows(device, monkeypatch):
     for op, args in calls:
         got, want = OPS[op.__name__.rsplit(".", 1)[1]].versions(device)[-1].call(*args), op.reference(*args)
         pairs = [(got, want)] if isinstance(want, Tensor) else zip(got, want, strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs), op.__name__
+        assert all(torch.equal(a.float(), b.float()) for a, b in pairs), op.__name__

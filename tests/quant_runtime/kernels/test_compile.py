@@ -54,6 +54,7 @@ def launches() -> Iterator[Callable[[], object]]:
     packed, factor = torch.zeros(96, 128, dtype=torch.uint8), torch.ones(256)
     signs = torch.ones(256, dtype=torch.int8)
     yield lambda: quantize_rows.launch(rows, 8, factor)
+    yield lambda: quantize_rows.launch(rows, 8, None, torch.float8_e4m3fn)
     lost = torch.zeros(1, 300, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
     values, left = (torch.zeros(1, 300, 2, width, dtype=torch.int8) for width in (128, 16))
     per_row, right, one = torch.ones(1, 2, 300), torch.zeros(1, 2, 128, 16), torch.ones(())
@@ -62,6 +63,7 @@ def launches() -> Iterator[Callable[[], object]]:
     yield lambda: residual_passes.launch_entry(*cached, right, one, 8)
     yield lambda: hadamard.launch(rows.float(), signs, 256)
     yield lambda: hadamard_quantize.launch(rows, signs, 64, 4, factor)
+    yield lambda: hadamard_quantize.launch(rows, signs, 64, 8, None, torch.float8_e4m3fn)
     for inputs, block in ((3072, 1024), (12288, 4096), (5120, 1024)):  # as HunyuanVideo's and Wan's layers have them
         wide, its = torch.zeros(20, inputs, dtype=torch.bfloat16), torch.ones(inputs, dtype=torch.int8)
         yield lambda x=wide, s=its, block=block: hadamard_quantize.launch(x, s, block, 8, None)
@@ -73,6 +75,7 @@ def launches() -> Iterator[Callable[[], object]]:
     yield lambda: linear_w4a8.launch_few_rows(q[:20], packed, row_scale[:20], scale, None, torch.float32)
     for bits in (2, 3, 4, 7):  # each plane alone, two, and three of them
         yield lambda bits=bits: unpack.launch(pack(w, bits), 256, bits)
+    yield lambda: unpack.launch(pack(w, 4), 256, 4, torch.float8_e4m3fn)
 
     head = torch.zeros(1, 2, 200, 128, dtype=torch.bfloat16)
     small, whole = head[..., :64], head.to(torch.int8)
@@ -91,11 +94,14 @@ def launches() -> Iterator[Callable[[], object]]:
 
     modulation = torch.ones(1, 4, 256, dtype=torch.bfloat16).unbind(1)
     yield lambda: norm_quantize.launch(rows[None], *modulation[:2], rows[None], modulation[2], 1e-6, 8, factor, 0)
-    yield lambda: norm_quantize.launch_plain(rows[None], *modulation[:2], None, None, 1e-6, 0)
+    plain = (rows[None], *modulation[:2], None, None, 1e-6)
+    yield lambda: norm_quantize.launch(*plain, 8, None, 0, torch.float8_e4m3fn)
+    yield lambda: norm_quantize.launch_plain(*plain, 0)
     two = torch.ones(3, 1, 2, 256, dtype=torch.bfloat16)  # CogVideoX: one modulation of the text, one of the video
     yield lambda: norm_quantize.launch(rows[None], two[0], two[1], rows[None], two[2], 1e-6, 8, None, 226)
     yield lambda: gelu_quantize.launch(rows, rows[:, :128], 8, None, False)
     yield lambda: gelu_quantize.launch(rows, None, 8, None, True)
+    yield lambda: gelu_quantize.launch(rows, rows[:, :128], 8, None, False, torch.float8_e4m3fn)
     norm, angles, none = torch.ones(128, dtype=torch.bfloat16), torch.ones(150, 64), (None, None)
     yield lambda: pack_heads.launch(head, head, head, 128, norm, norm, norm, norm, 1e-6, angles, angles, 0, *none)
     together = torch.ones(2 * 128, dtype=torch.bfloat16)

@@ -4,10 +4,12 @@ from torch import library
 from torch.nn.functional import gelu
 
 from quant_runtime.kernels import gelu_quantize as op
-from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, TRITON_DTYPES, rows
+from quant_runtime.kernels._fp8 import E4M3
+from tests.quant_runtime.kernels.inputs import FP8_CHECKS, FP32_ROUNDING, TRITON_DTYPES, fp8_steps, rows
 from tests.support import relative_error
 
 FLIPS = 1e-3  # of the entries may fall to the other side of a half, by one step
+FP8_FLIPS = 5e-3  # the same of FP8, where GELU's small answers, each with bits of its own, are not all zero
 
 
 @pytest.mark.skipif(op.triton is None, reason="Triton is not installed")
@@ -23,6 +25,11 @@ def test_triton_agrees_with_the_reference(m, j, k, dtype, exact, device):
         assert apart.max() <= 1
         assert apart.float().mean() < FLIPS
         assert relative_error(got[1], want[1]) < FP32_ROUNDING
+    got, want = op.launch(x, before, 8, None, exact, E4M3), op.reference(x, before, 8, None, exact, E4M3)
+    steps = fp8_steps(got[0], want[0], interpreted=device == "cpu")
+    assert steps.max() <= 1
+    assert (steps > 0).float().mean() < FP8_FLIPS
+    assert relative_error(got[1], want[1]) < FP32_ROUNDING
 
 
 def test_it_is_what_stands_before_and_the_gelu(device):
@@ -53,10 +60,11 @@ def test_of_values_far_out_gelu_is_the_value_or_nothing(exact, device):
 
 @pytest.mark.parametrize("version", [op.reference, op.launch])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy says so when the interpreter meets a NaN
-def test_a_nan_shows_in_the_scale_of_its_row_alone(version, device):
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
+def test_a_nan_shows_in_the_scale_of_its_row_alone(version, dtype, device):
     x, before = rows(4, 40, device), rows(4, 8, device)
     x[1, 3], before[2, 0] = float("nan"), float("nan")
-    assert version(x, before, 8, None, False)[1].isfinite().tolist() == [True, False, False, True]
+    assert version(x, before, 8, None, False, dtype)[1].isfinite().tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +74,7 @@ def test_a_nan_shows_in_the_scale_of_its_row_alone(version, device):
         ({"before": torch.zeros(3, 4)}, r"\[3, 4\]"),
         ({"before": torch.zeros(2, 4).half()}, "float16"),
         ({"bits": 5}, "bits=5"),
+        ({"bits": 6, "dtype": E4M3}, "float8_e4m3fn and bits=6"),
         ({"factor": torch.ones(9)}, r"\[9\]"),
     ],
 )
@@ -75,6 +84,6 @@ def test_operands_that_do_not_fit_are_refused_by_name(change, named):
 
 
 def test_torch_accepts_the_op(device):
-    library.opcheck(
-        torch.ops.quant_runtime.gelu_quantize.default, (rows(3, 16, device), rows(3, 8, device), 8, None, True)
-    )
+    args = (rows(3, 16, device), rows(3, 8, device), 8, None, True)
+    library.opcheck(torch.ops.quant_runtime.gelu_quantize.default, args)
+    library.opcheck(torch.ops.quant_runtime.gelu_quantize.default, (*args, E4M3), test_utils=FP8_CHECKS)

@@ -4,7 +4,8 @@ from torch import library
 from torch.nn.functional import layer_norm
 
 from quant_runtime.kernels import norm_quantize as op
-from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, ROUNDING, TRITON_DTYPES
+from quant_runtime.kernels._fp8 import E4M3
+from tests.quant_runtime.kernels.inputs import FP8_CHECKS, FP32_ROUNDING, ROUNDING, TRITON_DTYPES, fp8_steps
 from tests.support import relative_error
 
 FLIPS = 1e-3  # of the entries may fall to the other side of a half, by one step
@@ -39,6 +40,11 @@ def test_triton_agrees_with_the_reference(shape, gated, parts, dtype, device):
         assert apart.float().mean() < FLIPS
         assert relative_error(got[1], want[1]) < FP32_ROUNDING
         assert not gated or relative_error(got[2], want[2]) < ROUNDING[dtype]
+    got, want = op.launch(*args, 8, None, first, E4M3), op.reference(*args, 8, None, first, E4M3)
+    steps = fp8_steps(got[0], want[0], interpreted=device == "cpu")
+    assert steps.max() <= 1
+    assert (steps > 0).float().mean() < FLIPS
+    assert relative_error(got[1], want[1]) < FP32_ROUNDING
     h, added = op.launch_plain(*args, first)
     assert relative_error(h, op.plain_reference(*args, first)[0]) < ROUNDING[dtype]
     assert not gated or relative_error(added, want[2]) < ROUNDING[dtype]
@@ -67,11 +73,12 @@ def test_tokens_in_front_are_modulated_by_the_first_of_two(device):
 
 
 @pytest.mark.parametrize("version", [op.reference, op.launch])
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy says so when the interpreter meets a NaN
-def test_a_nan_shows_in_the_scale_of_its_row_alone(version, device):
+def test_a_nan_shows_in_the_scale_of_its_row_alone(version, dtype, device):
     args = arguments((1, 4, 32), device)
     args[0][0, 1, 3] = float("nan")
-    assert version(*args, 8, None, 0)[1].isfinite().tolist() == [True, False, True, True]
+    assert version(*args, 8, None, 0, dtype)[1].isfinite().tolist() == [True, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +89,7 @@ def test_a_nan_shows_in_the_scale_of_its_row_alone(version, device):
         ({"y": torch.zeros(2, 3, 8)}, "both or none"),
         ({"y": torch.zeros(2, 3, 8).half(), "gate": torch.zeros(2, 8)}, "float16"),
         ({"bits": 7}, "bits=7"),
+        ({"bits": 4, "dtype": E4M3}, "float8_e4m3fn and bits=4"),
         ({"factor": torch.ones(9)}, r"\[9\]"),
         ({"first": 1}, "shift .*got 1"),
         ({"shift": torch.zeros(2, 2, 8)}, r"\[2, 2, 8\]"),
@@ -97,4 +105,6 @@ def test_operands_that_do_not_fit_are_refused_by_name(change, named):
 def test_torch_accepts_the_ops(device):
     args = arguments(SHAPES[0], device, gated=True)
     library.opcheck(torch.ops.quant_runtime.norm_quantize.default, (*args, 8, None, 0))
+    fp8 = (*args, 8, None, 0, E4M3)
+    library.opcheck(torch.ops.quant_runtime.norm_quantize.default, fp8, test_utils=FP8_CHECKS)
     library.opcheck(torch.ops.quant_runtime.norm_modulate.default, (*args, 0))

@@ -4,6 +4,7 @@ from torch import library
 
 from quant_runtime.formats import pack
 from quant_runtime.kernels import unpack as op
+from quant_runtime.kernels._fp8 import E4M3
 
 VERSIONS = [
     op.reference,
@@ -30,6 +31,27 @@ def test_every_value_comes_back_from_every_place_in_a_byte(version, bits, device
     values = torch.arange(-(1 << (bits - 1)), 1 << (bits - 1), device=device).to(torch.int8)
     w = values.repeat(2, 8)  # eight runs of all of them, one for each place
     assert torch.equal(version(pack(w, bits), w.shape[1], bits), w)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 33), (20, 256)])
+def test_fp8_holds_every_whole_number_of_up_to_five_bits(version, bits, n, k, device):
+    if version is op.on_cpu and device != "cpu":
+        pytest.skip("the CPU version runs on CPU tensors")
+    w = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (n, k), dtype=torch.int8, device=device)
+    w[0, 0] = -(1 << (bits - 1))
+    got = version(pack(w, bits), k, bits, E4M3)
+    assert got.dtype == E4M3
+    assert torch.equal(got.float(), w.float())
+
+
+def test_whole_numbers_that_fp8_does_not_hold_are_refused():
+    assert torch.tensor(17.0).to(E4M3) == 16, "of six bits 17 is the first that is lost"
+    with pytest.raises(ValueError, match=r"up to 5 bits in torch\.float8_e4m3fn; got torch.float8_e4m3fn and 6 bits"):
+        op.unpack(pack(torch.ones(4, 13, dtype=torch.int8), 6), 13, 6, E4M3)
+    with pytest.raises(ValueError, match=r"got torch\.float16 and 4 bits"):
+        op.unpack(pack(torch.ones(4, 13, dtype=torch.int8), 4), 13, 4, torch.float16)
 
 
 def test_three_bits_are_a_plane_of_two_and_a_plane_of_one(device):
