@@ -38,7 +38,7 @@ class Block:
             rope = None if image_rotary_emb is None else self.streams.rope(image_rotary_emb, hidden_states)
             text, video = self.packed(encoder_hidden_states, hidden_states, temb, rope)
         if not self.followed:
-            self.streams.forget()
+            self.streams.close()
         return video, text
 
     def packed(self, text: Tensor, video: Tensor, temb: Tensor, rope: Pair | None) -> tuple[Tensor, Tensor]:

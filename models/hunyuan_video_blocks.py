@@ -38,7 +38,7 @@ class Block(ABC):
             rope = self.streams.rope(freqs_cis, hidden_states)
             seen, read = self.packed(hidden_states, encoder_hidden_states, temb, rope)
         if not self.followed:
-            self.streams.forget()
+            self.streams.close()
         return seen, read
 
     @abstractmethod

@@ -31,6 +31,15 @@ class Debts:
         self._owed: list[tuple[Tensor, Tensor, Tensor, int]] = []  # x, y, gate, first: x is to become x + gate * y
         self._rope: tuple[Tensor, Pair] | None = None  # as diffusers has it, and each angle once
 
+    def close(self) -> None:
+        """At the end of a pass that was not broken off. RuntimeError where something was owed and never asked for."""
+        if self._owed:
+            raise RuntimeError(
+                "a block was given another tensor than the block before it answered, and what that lacked is lost: "
+                "nothing may stand between blocks that run in 8 bits"
+            )
+        self.forget()
+
     def owe(self, x: Tensor, y: Tensor, gate: Tensor, first: int = 0) -> None:
         """The next block adds gate * y to x, in the pass over x that it makes anyway."""
         self._owed.append((x, y, gate, first))

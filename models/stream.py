@@ -40,6 +40,7 @@ from quant_runtime.paged import Read
 from quant_runtime.rules import Rule, formats
 from quant_runtime.tensor_files import Blank, TensorFiles, TensorWriter
 
+SCHEME = 2  # of what is drawn and seen: what was begun under another is not gone on with
 SYNC_BYTES = 256 << 20  # written between two syncs: all that a crash costs
 
 OnBytes = Callable[[int, int], None]  # (bytes of the checkpoint read, of how many)
@@ -194,8 +195,13 @@ class _Work:
         """Of all that decides the bytes: another command, or another checkpoint, does not go on with this one's."""
         seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files.files()]
         how = (repr(self.method), repr(dict(self.specs)), repr(self.changes.records))
-        facts = (__version__, self.family.name, base, *how, artifact.SHARD_BYTES, seen, *more)
+        facts = (__version__, SCHEME, self.family.name, base, self._device(), *how, artifact.SHARD_BYTES, seen, *more)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _device(self) -> str:
+        """What rounds and draws: other hardware ends with other bytes."""
+        device = torch.device(self.device)
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def run(
         self, network: nn.Module, partial: Path, journal: _Journal, stats: Statistics | None

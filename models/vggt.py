@@ -289,6 +289,10 @@ class Vggt:
         sizes, layout = [config.embed_dim // config.num_heads], TokenLayout(5, 10, 12, special=config.special)
         needs = Needs(layers_of(manifest), plan_of(manifest), sizes, layout, _between(manifest, device))
         yield from pieces(needs, device)
+        if not isinstance(needs.plan.policy, Dense):  # inside of frames
+            yield from pieces(
+                replace(needs, layers=[], plan=replace(needs.plan, policy=Dense(), residual=None)), device
+            )
         yield from packed_pieces.pieces(needs, config.embed_dim, PACKING, torch.device(device))
         for layer in distinct(needs.layers) if torch.device(device).type == "cpu" else ():
             widened = partial(_widen, layer, torch.device(device), needs.dtype)

@@ -90,7 +90,7 @@ class Block:
         else:
             answer = added(flat, y, self.gates[1]).view_as(x)
         if self.last:
-            self.scene.forget()
+            self.scene.close()
         return answer
 
     def attended(self, qkv: Tensor, x: Tensor, rope: Pair | None, layout: TokenLayout | None) -> Tensor:

@@ -36,7 +36,7 @@ class Block:
             rope = self.debts.rope(rotary_emb, hidden_states)
             out = self.packed(hidden_states, encoder_hidden_states, temb, rope)
         if not self.followed:
-            self.debts.forget()
+            self.debts.close()
         return out
 
     def packed(self, x: Tensor, context: Tensor, temb: Tensor, rope: Pair) -> Tensor:

@@ -17,12 +17,12 @@ class NarrowLinear(nn.Linear):
     """y = x @ w.T + bias of x and y float32 and w in 16 bits, which are widened where they are multiplied.
 
     The sums are those of the layer in float32. A few output channels at a time are widened, so that they stay in cache
-    and no second copy of the weights is made. x in the weights' own float is multiplied in it.
+    and no second copy of the weights is made. x in the weights' own float is multiplied in it, and y is in it too.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
         rows = x.reshape(-1, self.in_features)
         y = rows.new_empty(len(rows), self.out_features)
         for some in row_chunks(self.out_features, self.in_features):

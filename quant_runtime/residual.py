@@ -128,6 +128,7 @@ class ResidualCache:
     def keep(self, key: Key, step: int, dense: Tensor, lost: Tensor) -> None:
         """At a refresh: dense and lost, float [B, H, N, D]. Refuses a rank above D."""
         its = self.residual
+        lost = lost.transpose(1, 2).contiguous().transpose(1, 2)  # torch's own attention lays its answers out otherwise
         if its.order == 2 and its.rank > lost.shape[3]:
             raise ValueError(f"a residual's rank is at most the heads' size, {lost.shape[3]}; got {its.rank}")
         if self._home is None:
@@ -244,7 +245,7 @@ def refreshed(its: Residual, dense: Tensor, lost: Tensor, before: Entry | None) 
     grams, found = residual_differences(lost, before.parts())
     squares[1], squares[2] = found.unbind()
     nearer = squares[2] < squares[1] if before.left is not None else torch.zeros_like(squares[1])
-    added = nearer.float()  # of the device alone: nothing is read back
+    added = nearer.float()  # on the device alone
     squares[4] = 1 - added
     right = leading(grams, its.rank)
     dense_rows, left = residual_entry(lost, before.parts(), right, added, its.bits)
@@ -254,7 +255,8 @@ def refreshed(its: Residual, dense: Tensor, lost: Tensor, before: Entry | None) 
 def leading(grams: Tensor, rank: int) -> Tensor:
     """The eigenvectors of the `rank` largest eigenvalues of float32 [..., D, D], symmetric: [..., D, rank].
 
-    torch solves matrices above 32 one after another on a GPU, each in milliseconds: there they are iterated to.
+    torch solves matrices above 32 one after another on a GPU, each in milliseconds: there they are iterated to, and a
+    matrix of 2 * rank is solved at the end, which is above 32 for a rank above 16. It waits for the GPU.
     """
     size = grams.shape[-1]
     if grams.device.type == "cpu" or size <= 32 or size < 2 * rank:

@@ -13,9 +13,9 @@ import hashlib
 import importlib
 import importlib.util
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,9 @@ def _compiled(source: Path, defines: Defines) -> tuple[bytes, bool]:
     version = _checked(nvrtc.nvrtcVersion())
     name = hashlib.sha256(repr((version, options)).encode() + text).hexdigest()
     kept = Path(triton.knobs.cache.dir) / f"{source.stem}-{name[:32]}.cubin" if triton is not None else None
-    if kept is not None and kept.is_file():
-        return kept.read_bytes(), True
+    if kept is not None:
+        with suppress(OSError):  # not there, or another user's: then it is compiled
+            return kept.read_bytes(), True
 
     program = _checked(nvrtc.nvrtcCreateProgram(text, source.name.encode(), 0, [], []))
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -127,10 +128,9 @@ def _compiled(source: Path, defines: Defines) -> tuple[bytes, bool]:
     _checked(nvrtc.nvrtcDestroyProgram(program))
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=kept.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(code)
-        Path(aside).replace(kept)
+        aside = kept.with_name(f"{kept.name}.{os.getpid()}")
+        aside.write_bytes(code)
+        aside.replace(kept)
     return code, False
 
 

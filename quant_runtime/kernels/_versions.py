@@ -116,7 +116,10 @@ class Op:
         examine: Examine | None = getattr(_local, "examine", None)
         if examine is not None:
             return examine(self, device, args)
-        return self.running(device).call(*args)
+        if device.type != "cuda":
+            return self.running(device).call(*args)
+        with torch.cuda.device(device):  # Triton launches on the current one, whatever the tensors lie on
+            return self.running(device).call(*args)
 
 
 def fallen(device: torch.device | str) -> dict[str, Fall]:

@@ -144,12 +144,14 @@ def _check(
 
 def _check_residual(q: Tensor, residual: Tensor | None, residual_scale: Tensor | None) -> None:
     whole = residual is not None and residual.dtype == torch.int8
+    floats = (torch.float32, torch.bfloat16, torch.float16)
     if whole != (residual_scale is not None):
         found = "none" if residual is None else residual.dtype
         raise ValueError(f"attention_fp8 takes residual_scale with an int8 residual, and only then; it is {found}")
-    if residual is not None and (residual.shape != q.shape or not (whole or residual.is_floating_point())):
+    if residual is not None and (residual.shape != q.shape or not (whole or residual.dtype in floats)):
         found = f"{residual.dtype} {list(residual.shape)}"
-        raise ValueError(f"attention_fp8 takes residual as int8 or float {list(q.shape)}; got {found}")
+        wanted = f"int8, float32, bfloat16 or float16 {list(q.shape)}"
+        raise ValueError(f"attention_fp8 takes residual as {wanted}; got {found}")
     if residual_scale is not None and (residual_scale.shape, residual_scale.dtype) != (q.shape[:3], torch.float32):
         found = f"{residual_scale.dtype} {list(residual_scale.shape)}"
         raise ValueError(f"attention_fp8 takes residual_scale as float32 {list(q.shape[:3])}; got {found}")

@@ -11,7 +11,7 @@ from torch.nn.functional import rms_norm
 
 from models import cogvideox_blocks, hunyuan_video_blocks, load, registry, tiny, wan_blocks
 from models.compress import Recipe
-from models.packed_blocks import attended
+from models.packed_blocks import Debts, attended
 from models.video import rotated
 from quant_runtime import quality
 from quant_runtime.attention import AttentionPlan, AttentionState, attend
@@ -127,3 +127,13 @@ def test_blocks_in_8_bits_throughout_get_back_what_was_lost(name, tmp_path):
     assert [refresh.step for refresh in density.residual.refreshes] == [0, 1, 4]
     assert density.residual.bytes == model.residual_bytes(asked) or name == "hunyuan_video", "whose text is shorter"
     assert psnr[None] < min(psnr[1], psnr[2]), psnr
+
+
+def test_what_is_owed_and_never_asked_for_is_an_error_and_not_another_film():
+    debts = Debts()
+    x = torch.ones(1, 2, 3)
+    debts.owe(x, x, torch.ones(1, 3))
+    with pytest.raises(RuntimeError, match="was given another tensor"):
+        debts.close()
+    debts.owed(x)
+    debts.close()

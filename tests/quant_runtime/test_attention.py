@@ -1,15 +1,19 @@
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from quant_runtime.attention import AttentionPlan, AttentionState, SharedState, attend, describe_paths
 from quant_runtime.kernels._cpu import cpu_int8_path
 from quant_runtime.kernels._fp8 import has_fp8
 from quant_runtime.residual import Residual
+from quant_runtime.sparsity.bands import Bands
 from quant_runtime.sparsity.base import AttentionCall, TokenLayout
 from quant_runtime.sparsity.dense import Dense
+from quant_runtime.sparsity.tiles import Tiles
 from quant_runtime.sparsity.topk import TopK
 from tests.support import relative_error
 
@@ -259,6 +263,15 @@ def test_values_that_drift_are_followed_better_the_higher_the_order(device):
     assert errors["none"] > 0.5
     assert 0.05 < errors["first"] < 0.2
     assert errors["second"] < 1e-4
+
+
+@pytest.mark.parametrize("policy", [TopK(0.3, block=16), Bands(0.4, block=16), Tiles(0.4, block=16)])
+@pytest.mark.parametrize("backend", [None, SDPBackend.MATH])
+def test_a_residual_is_kept_of_16_bit_queries_however_torch_lays_its_answer_out(policy, backend, device):
+    plan = AttentionPlan(policy, qk_bits=16, residual=Residual(1, rank=8))
+    with nullcontext() if backend is None else sdpa_kernel([backend]):
+        _, state = calls(plan, 6, device)
+    assert len(state.density().residual.refreshes) == 3
 
 
 def test_of_all_blocks_nothing_is_lost(device):

@@ -34,8 +34,7 @@ def test_it_answers_what_the_same_weights_answer_in_float32(shape, outputs, bias
 
 def test_of_16_bits_it_is_the_layer_that_it_was():
     made, x = layer(33, 5), torch.randn(4, 33, dtype=torch.bfloat16)
-    made.bias.data = made.bias.data.bfloat16()
-    assert torch.equal(made(x), nn.functional.linear(x, made.weight, made.bias))
+    assert torch.equal(made(x), nn.functional.linear(x, made.weight, made.bias.bfloat16()))
 
 
 def test_large_linear_layers_become_it_and_no_others():
