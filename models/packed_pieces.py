@@ -13,7 +13,20 @@ from models.packed_blocks import bent, normed, once
 from quant_runtime.attention import AttentionState, attend_packed
 from quant_runtime.kernels.gelu_quantize import LARGEST_K
 from quant_runtime.kernels.pack_heads import pack_heads
-from quant_runtime.selftest import HEADS, ROWS, STEPS, Layer, Needs, Piece, calls, distinct, heads, quantized, uneven
+from quant_runtime.selftest import (
+    HEADS,
+    ROWS,
+    STEPS,
+    Layer,
+    Needs,
+    Piece,
+    calls,
+    distinct,
+    heads,
+    quantized,
+    small,
+    uneven,
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +84,9 @@ def _bend(layer: Layer, hidden: int, packing: Packing, needs: Needs, device: tor
 
 def _turn(size: int, packing: Packing, needs: Needs, device: torch.device) -> None:
     kind: dict[str, Any] = {"device": device, "dtype": needs.dtype}
-    layout = needs.layout
-    q, k, v = heads(size, layout.tokens, **kind)
+    plan, layout, batch = small(needs)
+    drawn = heads(size, layout.tokens, batch, **kind)
+    q, _, _ = drawn(0)
     turning, first = (layout.tokens, 0) if packing.all_turn else (layout.tokens - layout.text, layout.first)
     angles = 6 * torch.rand(turning, size // 2, device=device)
     wide = HEADS * size if packing.together else size
@@ -81,10 +95,10 @@ def _turn(size: int, packing: Packing, needs: Needs, device: torch.device) -> No
     rope = (once(angles.cos(), q), once(angles.sin(), q))
     for its in (None, others) if packing.others else (None,):
         pack = partial(pack_heads, norm=norm, others=its, rope=rope, first=first, bias=bias)
-        state = AttentionState(needs.plan)
+        state = AttentionState(plan)
         state.start(STEPS)
-        for one in calls(needs.plan, layout):
+        for one in calls(plan, layout):
             state.at(one.step)
             call = state.call(one.layer, layout)
-            if needs.plan.packed(call, size, device):
-                attend_packed(q, k, v, call, state, pack)
+            if plan.packed(call, size, device):
+                attend_packed(*drawn(one.step), call, state, pack)

@@ -47,6 +47,7 @@ LARGEST_D = 128
 GROUP = 32  # keys that are reordered among themselves
 P_BITS = 8  # P, at most 1, is written as P * 2**8: its small values keep their bits, and 256 is below the top
 LOG2E = math.log2(math.e)
+HOPPER = "CUDA for sm_90a, Triton for heads other than 128"  # blocks other than 128 go by Triton too: no plan has them
 
 
 def attention_fp8(
@@ -667,8 +668,8 @@ _op = Op(
     reference,
     _fake,
     cpu={product_name: on_cpu},
-    cuda={"CUDA for sm_90a": launch_hopper, "Triton": launch},
-    on={"CUDA for sm_90a": _cuda.is_hopper},
+    cuda={HOPPER: launch_hopper, "Triton": launch},
+    on={HOPPER: _cuda.is_hopper},
     plain=in_parts,
 )
 _refresh_op = Op(

@@ -37,6 +37,7 @@ RECIPES = {
     "cogvideox in FP8 throughout": ("cogvideox", Recipe(Rtn(), QuantFormat.parse("fp8"), FP8)),
     "cogvideox": ("cogvideox", Recipe(Rtn(), QuantFormat.parse("w3a8"), SPARSE)),
     "cogvideox in 8 bits throughout": ("cogvideox", Recipe(Rtn(), QuantFormat.parse("w4a8"), FP8)),
+    "cogvideox, sparse in floats": ("cogvideox", Recipe(Rtn(), QuantFormat.parse("w8a8"), replace(SPARSE, qk_bits=16))),
     "vggt": ("vggt", Recipe(QuaRot(), QuantFormat.parse("w4a8"), SPARSE)),
     "vggt, dense": ("vggt", Recipe(Rtn(), QuantFormat.parse("w8a8"), AttentionPlan(dense_qk_bits=8))),
 }

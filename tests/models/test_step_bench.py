@@ -90,7 +90,7 @@ def test_a_whole_run_with_refreshes_says_what_its_residual_takes(monkeypatch):
         rows = [
             *step_bench.rows("wan-2.1-1.3b", chosen(steps=4, warmup=0.25, refresh=1, no_baseline=True, no_dense=True))
         ]
-    assert [row["metric"] for row in rows] == ["step", "4 steps", "residual"]
+    assert [row["metric"] for row in rows] == ["step", "4 steps", "residual on the device"]
     assert rows[2]["value"] > 0
 
 

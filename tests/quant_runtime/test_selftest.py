@@ -21,12 +21,14 @@ from quant_runtime.kernels import (
     linear_fp8,
     linear_w8a8,
     quantize_rows,
+    residual_passes,
     unpack,
 )
-from quant_runtime.kernels._versions import OPS, Version
+from quant_runtime.kernels._versions import OPS, Version, examined
 from quant_runtime.linear import LinearSpec
 from quant_runtime.residual import Residual
 from quant_runtime.selftest import JUDGES, Error, Layer, Needs, Piece, Report, pieces, run
+from quant_runtime.sparsity.bands import Bands
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.sparsity.topk import TopK
 from quant_runtime.sparsity.topp import TopP
@@ -41,6 +43,7 @@ FP8_LAYERS = (
     Layer(LinearSpec(QuantFormat.parse("FP8"), scaled=True), 256, 512, bias=True),
     Layer(LinearSpec(QuantFormat.parse("W4AFP8"), rotation=64), 320, 511, bias=False),
 )
+TABLE = Bands(0.4, table=("stts" * 3,) * 2)  # of a model with 12 heads
 PLAN = AttentionPlan(TopK(0.25), warmup=0.3, dense_layers=(1,), dense_qk_bits=8)
 NEEDS = Needs(LAYERS, PLAN, (64,), LAYOUT, torch.float32)
 LINEAR = replace(NEEDS, layers=LAYERS[:1], plan=AttentionPlan())
@@ -76,6 +79,9 @@ def test_every_op_has_a_judge():
     [
         (PLAN, {"quantize_heads", "attention_blocks", "pool_blocks", "choose_blocks"}),
         (replace(PLAN, pv_bits=8), {"pack_heads", "attention_fp8", "choose_blocks"}),
+        (replace(PLAN, qk_bits=16), {"quantize_heads", "attention_blocks", "pool_blocks", "choose_blocks"}),
+        (replace(PLAN, policy=TABLE), {"quantize_heads", "attention_blocks"}),
+        (replace(PLAN, policy=TABLE, pv_bits=8), {"pack_heads", "attention_fp8"}),
         (AttentionPlan(), set()),
     ],
 )
@@ -230,6 +236,125 @@ def test_a_refresh_that_loses_nothing_is_found(broken, device):
     assert "attention_fp8_refresh" in report.versions
     broken("attention_fp8_refresh", lossless)
     assert run(pieces(needs, device), device).failures.keys() == {"attention_fp8_refresh"}
+
+
+def no_differences(*args):
+    return tuple(torch.zeros_like(one) for one in residual_passes.differences_reference(*args))
+
+
+def without_left(*args):
+    dense, dense_scale, left, left_scale = residual_passes.entry_reference(*args)
+    return dense, dense_scale, torch.zeros_like(left), left_scale
+
+
+def without_a_trend(call):
+    """Passes over what was foretold."""
+    return lambda lost, values, scale, left, left_scale, right, added, *rest: call(
+        lost, values, scale, None, None, None, None, *rest
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("residual_differences", no_differences),
+        ("residual_differences", without_a_trend(residual_passes.differences_reference)),
+        ("residual_entry", without_left),
+        ("residual_entry", without_a_trend(residual_passes.entry_reference)),
+    ],
+)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_residual_that_knows_no_change_is_found(name, wrong, bits, broken, device):
+    broken(name, wrong)
+    needs = replace(NEEDS, layers=(), plan=replace(PLAN, pv_bits=8, residual=Residual(bits=bits)))
+    assert run(pieces(needs, device), device).failures.keys() == {name}
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 0.8])
+def test_a_third_refresh_meets_a_trend_that_has_come_true(warmup, device):
+    met = []
+
+    def seen(op, device, args):
+        if op.name == "residual_entry":
+            met.append((args[3] is not None, float(args[8])))
+        return op.running(device).call(*args)
+
+    plan = replace(PLAN, warmup=warmup, pv_bits=8, residual=Residual())
+    torch.manual_seed(selftest.SEED)
+    with examined(seen):
+        for piece in pieces(replace(NEEDS, layers=(), plan=plan), device):
+            piece.call()
+    assert met[0] == (False, 0.0), "the second"
+    assert (True, 1.0) in met[1:]
+
+
+def moved_in_a_row(*args):
+    """One row of blocks of one head keeps another block than it would."""
+    kept, counts = blocks_by_mass.reference(*args)
+    kept, row = kept.clone(), int(counts[0, 0].argmin())
+    missing = set(range(kept.shape[3])) - set(kept[0, 0, row, : counts[0, 0, row]].tolist())
+    listed = [*kept[0, 0, row, 1 : counts[0, 0, row]].tolist(), min(missing)]
+    kept[0, 0, row, : counts[0, 0, row]] = torch.tensor(sorted(listed), dtype=torch.int32, device=kept.device)
+    return kept, counts
+
+
+def longer_in_a_row(*args):
+    kept, counts = blocks_by_mass.reference(*args)
+    counts, row = counts.clone(), int(counts[0, 0].argmin())
+    counts[0, 0, row] = kept.shape[3]
+    kept = kept.clone()
+    kept[0, 0, row] = torch.arange(kept.shape[3], dtype=torch.int32, device=kept.device)
+    return kept, counts
+
+
+@pytest.mark.parametrize("wrong", [moved_in_a_row, longer_in_a_row])
+def test_one_row_that_does_not_hold_its_mass_is_found(wrong, broken, device):
+    broken("blocks_by_mass", wrong)
+    needs = replace(NEEDS, layers=(), plan=replace(PLAN, policy=TopP(0.5)))
+    assert run(pieces(needs, device), device).failures.keys() == {"blocks_by_mass"}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        replace(PLAN, pv_bits=8, residual=Residual()),
+        replace(PLAN, policy=TABLE, pv_bits=8),
+        AttentionPlan(dense_qk_bits=8, pv_bits=8),
+    ],
+)
+def test_what_a_gpu_is_given_besides_has_more_tiles_than_processors_and_passes(plan, device, monkeypatch):
+    monkeypatch.setattr(selftest, "STEPS", 2)  # a refresh, where there is one, and what follows
+    needs, kept = replace(NEEDS, plan=plan, head_sizes=(32,)), []
+    tried = selftest.large(needs, 72)
+
+    def seen(op, device, args):
+        if op.name.startswith("attention_fp8"):
+            q, counts = args[0], args[7]
+            assert q.shape[0] * q.shape[1] * -(-q.shape[2] // 128) > 72
+            kept.append((int(counts.min()), int(counts.max()), -(-args[8] // 128)))
+        return op.running(device).call(*args)
+
+    few = [one._replace(plan=replace(one.plan, warmup=0.0)) for one in tried]
+    with examined(seen):
+        selftest._attend(few, torch.float32, 32, torch.device(device))
+    assert all(least >= selftest.MANY_BLOCKS for least, _, _ in kept)
+    assert any(least == every for least, _, every in kept), "all are kept"
+    report = run([Piece("large", lambda: selftest._attend(few, torch.float32, 32, torch.device(device)))], device)
+    assert (report.verdict, report.failures) == ("passed", {})
+
+
+def test_memory_that_runs_out_is_told_and_no_kernel_is_blamed(broken, device):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    broken("linear_w8a8", full)
+    made = [*pieces(LINEAR, device)] * 3
+    named = [piece._replace(name=f"piece {n}") for n, piece in enumerate(made)]
+    report = run(named, device, fallback=True)
+    assert report.verdict == "refused"
+    said = "OutOfMemoryError: linear_w8a8: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert [report.broken[f"piece {n}"] for n in range(len(named)) if f"piece {n}" in report.broken] == [said] * 3
+    assert "linear_w8a8" not in report.failures
 
 
 def test_attention_that_drops_a_key_is_found(broken, device):
