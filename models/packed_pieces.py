@@ -84,8 +84,9 @@ def _bend(layer: Layer, hidden: int, packing: Packing, needs: Needs, device: tor
 
 def _turn(size: int, packing: Packing, needs: Needs, device: torch.device) -> None:
     kind: dict[str, Any] = {"device": device, "dtype": needs.dtype}
-    plan, layout, batch = small(needs)
-    drawn = heads(size, layout.tokens, batch, **kind)
+    tried = small(needs)
+    plan, layout = tried.plan, tried.layout
+    drawn = heads(size, tried, **kind)
     q, _, _ = drawn(0)
     turning, first = (layout.tokens, 0) if packing.all_turn else (layout.tokens - layout.text, layout.first)
     angles = 6 * torch.rand(turning, size // 2, device=device)

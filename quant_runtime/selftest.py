@@ -36,6 +36,8 @@ from quant_runtime.sparsity.dense import Dense
 # How far apart, as the kernels' own tests have it: relative to the size of the answer where nothing else is said.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-8}  # of sums, and of the answer's dtype
 VALUES_ROUNDED = 2**-7  # 16-bit values: the probabilities, the sums and the answer are each rounded
+SCORES_ROUNDED = 1e-5  # of float32: scores are some hundreds here, and a weight is off as its score is, not relatively
+ATTENDED = {torch.float32: SCORES_ROUNDED, torch.float16: VALUES_ROUNDED, torch.bfloat16: VALUES_ROUNDED}
 P_ROUNDED = 0.04  # attention_fp8 on a GPU: e4m3 has 3 bits behind the first, and random values add few up
 FLIPS = 2e-3  # of whole numbers may fall to the other side of a half: a GPU fuses products and sums
 SHORT_SUMS = 2**-10, 0.05  # of scales, and of whole numbers: a GPU turns sums of 16-bit numbers in 11 bits
@@ -44,9 +46,6 @@ FP8_SUMS = 2**-7  # a GPU adds FP8 products up in fewer bits than float32 has
 TENSOR_FLOAT = 2e-3  # a GPU multiplies float32 with 11 bits where it is told to
 INT8_STEP = 0.02  # of a cached residual: entries on the other side of a half
 CANCELLED = 1e-5  # how alike the tokens of a block are: of directions that cancel, a mean is a tenth of one
-FLOAT_SCORES = (
-    1e-5  # of float32 q and k: scores are some hundreds here, and a weight is off as a score is, not relatively
-)
 DIFFERENCES = 1e-5  # of differences, in float32: most of what they are the difference of cancels
 NOTICED = 1e-3  # the size of a difference, beside what it is of, below which rounding is some of it
 NEAR = 1e-4  # of the largest score: two blocks so close may change places when means are summed in another order
@@ -400,8 +399,7 @@ def _same(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
 
 def _fp8(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     limits = {dtype: max(limit, P_ROUNDED) for dtype, limit in ROUNDING.items()}
-    on_cpu = {torch.float32: ROUNDING[torch.float32]} | dict.fromkeys((torch.float16, torch.bfloat16), VALUES_ROUNDED)
-    return _floats(on_cpu if args[0].device.type == "cpu" else limits)(args, got, want)
+    return _floats(ATTENDED if args[0].device.type == "cpu" else limits)(args, got, want)
 
 
 def _multiplied_fp8(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
@@ -480,7 +478,7 @@ def _held(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     """
     q_means, k_means, mass, _, _, forced, whole, q_alike, k_alike, alike = args
     (kept, counts), (want_kept, want_counts) = got, want
-    scores = q_means.double() @ k_means.double().mT * q_means.shape[3] ** -0.5
+    scores = (q_means @ k_means.mT * q_means.shape[3] ** -0.5).double()  # of the product that both have chosen by
     if not _in_order(kept, counts, scores.shape[3]):
         return Error(math.inf, NEAR)
     ours, theirs = (key_mask(*lists, scores.shape[3]) for lists in ((kept, counts), (want_kept, want_counts)))
@@ -505,15 +503,8 @@ def _mapped(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     return _chosen(args[0].double() @ args[1].double().mT, args[3], got, want)
 
 
-def _over_blocks(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
-    limits = _VALUES | {torch.float32: FLOAT_SCORES} if args[0].is_floating_point() else _VALUES
-    return _floats(limits)(args, got, want)
-
-
-_VALUES = {torch.float32: ROUNDING[torch.float32], torch.float16: VALUES_ROUNDED, torch.bfloat16: VALUES_ROUNDED}
-
 JUDGES: dict[str, Judge] = {  # every op of _versions.OPS
-    "attention_blocks": _over_blocks,
+    "attention_blocks": _floats(ATTENDED),
     "attention_fp8": _fp8,
     "attention_fp8_refresh": _refreshed,
     "blocks_by_mass": _held,
@@ -616,14 +607,15 @@ def calls(plan: AttentionPlan, layout: TokenLayout) -> list[AttentionCall]:
 
 
 def heads(
-    size: int, tokens: int, batch: int, device: torch.device, dtype: torch.dtype
+    size: int, tried: Tried, device: torch.device, dtype: torch.dtype
 ) -> Callable[[int], tuple[Tensor, Tensor, Tensor]]:
     """q, k and v of a step, as a fused projection leaves them, with outlier channels.
 
     Keys have a part in common, and neighbours: blocks of tokens that have nothing in common are all kept, by a policy
-    that looks at it. From step to step values go on the same way, and both stray a little: so what sparse attention
-    loses changes, and is in part foretold.
+    that looks at it. Where a residual is kept, values go on the same way from step to step, and both stray a little: so
+    what sparse attention loses changes, and is in part foretold.
     """
+    tokens, batch = tried.layout.tokens, tried.batch
     still = torch.randn(batch, tokens, 3, HEADS, size, device=device)
     runs = torch.randn(batch, -(-tokens // NEIGHBOURS), 3, HEADS, size, device=device)
     still += runs.repeat_interleave(NEIGHBOURS, dim=1)[:, :tokens]
@@ -632,13 +624,19 @@ def heads(
     way = MOVES * still[:, :, 2].flip(1)
 
     def at(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        if tried.plan.residual is None:
+            return _parted(still, dtype)
         x = still.clone()
         x[:, :, 1:] += STRAYS * torch.randn_like(x[:, :, 1:])
         x[:, :, 2] += step * way
-        q, k, v = x.to(dtype).permute(2, 0, 3, 1, 4)
-        return q, k, v
+        return _parted(x, dtype)
 
     return at
+
+
+def _parted(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = x.to(dtype).permute(2, 0, 3, 1, 4)
+    return q, k, v
 
 
 class Tried(NamedTuple):
@@ -696,10 +694,10 @@ class Nth:
 
 
 def _attend(tried: Iterable[Tried], dtype: torch.dtype, size: int, device: torch.device) -> None:
-    for plan, layout, batch in tried:
-        state = AttentionState(plan)
+    for one in tried:
+        state = AttentionState(one.plan)
         state.start(STEPS)
-        drawn = heads(size, layout.tokens, batch, device, dtype)
-        for call in calls(plan, layout):
+        drawn = heads(size, one, device, dtype)
+        for call in calls(one.plan, one.layout):
             state.at(call.step)
-            attend(*drawn(call.step), layer=call.layer, layout=layout, state=state)
+            attend(*drawn(call.step), layer=call.layer, layout=one.layout, state=state)
