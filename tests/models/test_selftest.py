@@ -25,6 +25,7 @@ from tests.models.films import inputs, nothing
 SPARSE = AttentionPlan(TopK(0.6, block=16), warmup=0.5, dense_qk_bits=8)
 FP8 = test_packed_blocks.PLAN
 MASS = replace(FP8, policy=TopP(0.8, block=16), residual=Residual(interval=2))
+FRAMES = AttentionPlan(TopK(0.6, block=16), qk_bits=16, dense_qk_bits=8, pv_bits=8)
 RECIPES = {
     "wan turned, in 8 bits throughout": ("wan", Recipe(QuaRot(), QuantFormat.parse("w8a8"), FP8)),
     "wan in 8 bits throughout, blocks by mass": ("wan", Recipe(Rtn(), QuantFormat.parse("w4a6"), MASS)),
@@ -39,6 +40,7 @@ RECIPES = {
     "cogvideox in 8 bits throughout": ("cogvideox", Recipe(Rtn(), QuantFormat.parse("w4a8"), FP8)),
     "cogvideox, sparse in floats": ("cogvideox", Recipe(Rtn(), QuantFormat.parse("w8a8"), replace(SPARSE, qk_bits=16))),
     "vggt": ("vggt", Recipe(QuaRot(), QuantFormat.parse("w4a8"), SPARSE)),
+    "vggt, in 8 bits inside of frames": ("vggt", Recipe(Rtn(), QuantFormat.parse("w4a8"), FRAMES)),
     "vggt, dense": ("vggt", Recipe(Rtn(), QuantFormat.parse("w8a8"), AttentionPlan(dense_qk_bits=8))),
 }
 
