@@ -51,7 +51,10 @@ def flip(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, "transformer/config.json", "vae/diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize(
+    "file",
+    [WEIGHTS, "transformer/config.json", "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"],
+)
 def test_a_changed_byte_of_any_file_is_refused_by_the_file_s_name(copy, file):
     load.load(copy, "cpu")
     flip(copy / file)
