@@ -161,9 +161,13 @@ class Family(Protocol):
     def open(self, folder: Path, manifest: Manifest, device: str, check: bool = False) -> Model:
         """An artifact, ready to run: kernels chosen, projections fused.
 
-        All files have been verified, or, where it is to `check`, all but the weights in `components`: their hashes are
-        those of the reading that loads them. ValueError names the file or key that does not fit.
+        All files have been verified, or, where it is to `check`, all but the weights in the folders that are `hashed`
+        here: by the reading that loads them. ValueError names the file or key that does not fit.
         """
+        ...
+
+    def hashed(self, folder: Path, device: str) -> tuple[str, ...]:
+        """The folders inside an artifact whose weights `open` checks as it reads them. Reads configs alone."""
         ...
 
     def suits(self, network: nn.Module, plan: AttentionPlan) -> None:

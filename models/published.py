@@ -36,6 +36,11 @@ class Published:
             return getattr(diffusers, self.network).from_config(dict(self.config))
 
 
+UMT5_XXL: Mapping[str, Any] = {  # Wan's text encoder, a UMT5EncoderModel: 5.68 billion parameters
+    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+}  # fmt: skip
+
 PUBLISHED = {
     "wan-2.1-1.3b": Published(
         "wan",

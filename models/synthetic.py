@@ -1,7 +1,8 @@
 """Checkpoints of the published networks at their true sizes, with random weights: for tests and measurements.
 
 A folder as the hub has it, of its transformer alone, or of both: configs, shards under the hub's names and of its
-sizes, their index. `write_whole` has small parts around it, so that it runs. One tensor is in memory at a time.
+sizes, their index. `write_whole` has small parts around it, so that it runs, or a text encoder of true widths. One
+tensor is in memory at a time.
 
 Values are normal, drawn once into a pool; each tensor takes them from there, from a place of its own on, around and
 around, times its layer's scale. So 24 GiB come as fast as the disk takes them. What can be told from such weights:
@@ -15,7 +16,7 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,13 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from torch import Tensor
 
+from models import encoders
 from models.base import VideoLimits
 from models.published import Published
-from models.video import write_serving
+from models.video import ENCODER, write_serving
 from quant_runtime.tensor_files import Blank, TensorWriter
 
 COMPONENTS, WEIGHTS = ("transformer", "transformer_2"), "diffusion_pytorch_model"  # diffusers' names
@@ -73,11 +76,20 @@ def write(
         raise
 
 
-def write_whole(published: Published, folder: Path, limits: VideoLimits, on_bytes: OnBytes, *, seed: int = 0) -> None:
+def write_whole(
+    published: Published,
+    folder: Path,
+    limits: VideoLimits,
+    on_bytes: OnBytes,
+    *,
+    seed: int = 0,
+    encoder: Mapping[str, Any] | None = None,
+) -> None:
     """A Wan checkpoint that runs: this network with the text encoder and the autoencoder of the tiny one, and so fed.
 
-    In bfloat16; it films what `limits` has by default. FileExistsError where there is something, ValueError for a
-    network of another family, or two that take turns.
+    With a UMT5EncoderModel of the config `encoder` where there is one. In bfloat16; it films what `limits` has by
+    default. FileExistsError where there is something, ValueError for a network of another family, or two that take
+    turns.
     """
     from models.wan import Serving, Wan
 
@@ -89,6 +101,10 @@ def write_whole(published: Published, folder: Path, limits: VideoLimits, on_byte
     family.tiny(folder)
     fed = {name: family.config(folder, family.component)[name] for name in ("in_channels", "out_channels", "text_dim")}
     network = replace(published, config={**published.config, **fed}).on_meta()
+    if encoder is not None:
+        shutil.rmtree(folder / ENCODER)
+        write_encoder(transformers.UMT5Config(**encoder), folder / ENCODER, published.shard_bytes, seed)
+        network = replace(published, config={**published.config, **fed, "text_dim": encoder["d_model"]}).on_meta()
     shutil.rmtree(folder / family.component)
     write_network(network, folder / family.component, torch.bfloat16, published.shard_bytes, seed, on_bytes)
     write_serving(folder, Serving(limits=limits, max_tokens=family.served(folder).max_tokens))
@@ -102,15 +118,39 @@ def write_network(
     network: Any, folder: Path, dtype: torch.dtype, shard_bytes: int, seed: int, on_bytes: OnBytes
 ) -> None:
     """The config of a diffusers network, which may be on the meta device, and random weights for it, synced."""
-    blanks = {key: Blank(dtype, tuple(its.shape)) for key, its in network.state_dict().items()}
-    total, done = sum(blank.bytes for blank in blanks.values()), 0
     folder.mkdir()
+    network.save_config(folder)
+    _write_tensors(network.state_dict(), folder, WEIGHTS, dtype, shard_bytes, seed, on_bytes)
+
+
+def write_encoder(config: Any, folder: Path, shard_bytes: int, seed: int) -> None:
+    """A UMT5EncoderModel of this config with random weights in bfloat16, as transformers writes it."""
+    with torch.device("meta"):
+        encoder: Any = transformers.UMT5EncoderModel(config)
+    folder.mkdir()
+    encoder.config.architectures = [type(encoder).__name__]
+    encoder.config.dtype = torch.bfloat16
+    encoder.config.save_pretrained(folder)
+    own = {key: its for key, its in encoder.state_dict().items() if key not in encoder.all_tied_weights_keys}
+    _write_tensors(own, folder, encoders.WEIGHTS, torch.bfloat16, shard_bytes, seed, lambda done, of: None)
+
+
+def _write_tensors(
+    state: Mapping[str, Tensor],
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    seed: int,
+    on_bytes: OnBytes,
+) -> None:
+    blanks = {key: Blank(dtype, tuple(its.shape)) for key, its in state.items()}
+    total, done = sum(blank.bytes for blank in blanks.values()), 0
     free = shutil.disk_usage(folder).free
     if free < total:
         raise OSError(errno.ENOSPC, f"{total:,} bytes are to be written and {free:,} are free", str(folder))
-    network.save_config(folder)
     pool = torch.empty(POOL).normal_(generator=torch.Generator().manual_seed(seed)).to(dtype)
-    with TensorWriter(folder, WEIGHTS, blanks, shard_bytes) as writer:
+    with TensorWriter(folder, name, blanks, shard_bytes) as writer:
         for key, blank in blanks.items():
             writer.write(key, drawn(pool, key, blank.shape))
             done += blank.bytes

@@ -250,6 +250,9 @@ class Vggt:
     def components(self, folder: Path) -> tuple[str, ...]:
         return (self.component,)
 
+    def hashed(self, folder: Path, device: str) -> tuple[str, ...]:
+        return self.components(folder)
+
     def recognizes(self, folder: Path) -> bool:
         path = folder / "config.json"
         return path.is_file() and {"img_size", "patch_size", "embed_dim"} <= json.loads(path.read_text()).keys()

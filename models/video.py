@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import quant_runtime.diffusers
-from models import convolutions, packed_pieces, run_record, video_files
+from models import convolutions, encoders, packed_pieces, run_record, video_files
 from models.base import BadInput, Kind, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
 from models.packed_pieces import Packing
 from models.precision import fast_float
@@ -562,7 +562,7 @@ class PipelineFamily(ABC, Generic[M]):
         """In bfloat16 where the device multiplies it itself, else in float32.
 
         On a CPU int8 layers come with float32 around them: there norms and roundings are faster so. What is large among
-        it stays in 16 bits, so that a network takes the memory that the artifact has bytes.
+        it stays in 16 bits, and so it is in the encoders: they all take the memory that the artifact has bytes.
         """
         self.check(folder)
         half, around = fast_float(device), self.around(manifest, device)
@@ -572,11 +572,26 @@ class PipelineFamily(ABC, Generic[M]):
             its = dtypes.get(component, dtypes["default"])
             narrow = device == "cpu" and bool(manifest.layers)
             networks[component] = self.network(folder, component, device, its, digests, narrow)
+        for part, kind in self._encoders(folder, device).items():
+            own = artifact.weights(manifest, part)
+            digests = {Path(name).name: digest for name, digest in own.items()} if check else None
+            encoder = encoders.read(folder / part, kind, dtypes.get(part, dtypes["default"]), digests)
+            if encoder is not None:
+                networks[part] = encoder
+            elif check:
+                artifact.verify(folder, manifest, later=manifest.files.keys() - own.keys())
         model = self.load(folder, device, dtypes, given=networks)
         model.fuse_projections()
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
         return model
+
+    def hashed(self, folder: Path, device: str) -> tuple[str, ...]:
+        return (*self.components(folder), *self._encoders(folder, device))
+
+    def _encoders(self, folder: Path, device: str) -> dict[str, Any]:
+        """Those that are read by us, and their classes."""
+        return encoders.kinds(index(folder)) if device == "cpu" else {}
 
     def around(self, manifest: Manifest, device: str) -> torch.dtype:
         """What goes from layer to layer of an artifact's network."""
@@ -629,13 +644,12 @@ class PipelineFamily(ABC, Generic[M]):
         """
         networks = {component: self._empty(folder, component) for component in self.components(folder)}
         encoder = _text_encoder(folder)
-        with TensorFiles.open(folder / ENCODER, "model") as files:
-            tied: Mapping[str, str] = getattr(encoder, "_tied_weights_keys", None) or {}
-            own = {key: key if key in files.tensors else tied.get(key, key) for key in encoder.state_dict()}
-            missing = sorted(set(own.values()) - files.tensors.keys())
-            if missing:
-                raise ValueError(f"{folder / ENCODER} has no {', '.join(missing[:5])}")
-            pages = {ENCODER: page(encoder, lambda key: files.read(own[key]), device)}
+        with TensorFiles.open(folder / ENCODER, encoders.WEIGHTS) as stored:
+            names = encoders.Names.of(encoder, stored.tensors)
+        if names.missing:
+            raise ValueError(f"{folder / ENCODER} has no {', '.join(names.missing[:5])}")
+        with TensorFiles(names.held) as files:
+            pages = {ENCODER: page(encoder, lambda key: files.read(names.tied.get(key, key)), device)}
             for component, network in networks.items():
                 prefix = f"{component}." if len(networks) > 1 else ""
                 pages[component] = page(network, partial(_read, read, prefix), device)
@@ -702,17 +716,12 @@ def _read(read: Read, prefix: str, key: str) -> Tensor:
 
 def _text_encoder(folder: Path) -> nn.Module:
     """By its config: to be filled."""
-    path = folder / ENCODER / "config.json"
-    name = index(folder).get(ENCODER, [None, None])[1]
-    kind = getattr(transformers, name or "", None)
-    if kind is None or not issubclass(kind, transformers.PreTrainedModel):
+    named = index(folder)
+    kind = encoders.kinds(named).get(ENCODER)
+    if kind is None:
+        name = named.get(ENCODER, [None, None])[1]
         raise ValueError(f"{folder / INDEX}: {ENCODER} is no model of transformers: {name}")
-    try:
-        with init_empty_weights():
-            made: nn.Module = kind(kind.config_class.from_pretrained(path.parent, local_files_only=True)).eval()
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} describes no {name}: {error}") from error
-    return made
+    return encoders.empty(folder / ENCODER, kind)
 
 
 def index(folder: Path) -> dict[str, Any]:

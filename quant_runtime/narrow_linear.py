@@ -21,16 +21,21 @@ class NarrowLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
-        rows = x.reshape(-1, self.in_features)
-        y = rows.new_empty(len(rows), self.out_features)
-        for some in row_chunks(self.out_features, self.in_features):
-            weight = self.weight[some]
-            torch.mm(rows, scratch("narrow weights", tuple(weight.shape), x.dtype).copy_(weight).t(), out=y[:, some])
-        if self.bias is not None:
-            y += self.bias
-        return y.view(*x.shape[:-1], self.out_features)
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of x float32 [..., K] with a weight [N, K] in 16 bits, or of x in the weight's own dtype."""
+    if x.dtype == weight.dtype:
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    rows = x.reshape(-1, weight.shape[1])
+    y = rows.new_empty(len(rows), weight.shape[0])
+    for some in row_chunks(*weight.shape):
+        part = weight[some]
+        torch.mm(rows, scratch("narrow weights", tuple(part.shape), x.dtype).copy_(part).t(), out=y[:, some])
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def narrowable(network: nn.Module) -> list[str]:

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, Type
 from torch import Tensor, nn
 
 LARGEST_HEADER = 100_000_000  # bytes: what the format allows
+PASSED = 1 << 24  # bytes that are read at once of what is hashed and not kept
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -156,24 +157,29 @@ class TensorFiles:
         One that `stays`, by its name, is in memory of its own. What is kept of another is a copy: memory of its own for
         each would come back in pieces between those that stay.
 
-        `digests` has each file's SHA-256, by its name. They are of the same reading: ValueError by name behind the last
-        tensor of a file that is not the one that was meant. What came of it before is to be thrown away.
+        `digests` has each file's SHA-256, by its name. They are of the same reading, which then takes in what lies
+        between these tensors: ValueError by name behind the last tensor of a file that is not the one that was meant.
+        What came of it before is to be thrown away.
         """
         passing = [stored.bytes for key, stored in self.tensors.items() if not stays(key)]
         buffer = torch.empty(max(passing, default=0), dtype=torch.uint8)
         for file in self.files():
             held = sorted((key for key, its in self.tensors.items() if its.file == file), key=self._offset)
-            digest = hashlib.sha256()
-            if digests is not None:
-                digest.update(self._bytes(file, 0, torch.empty(self._offset(held[0]), dtype=torch.uint8)))
+            digest, done = hashlib.sha256(), 0
             for key in held:
                 stored = self.tensors[key]
+                if digests is not None:
+                    self._hash(digest, file, done, stored.offset)
+                    done = stored.offset + stored.bytes
                 raw = torch.empty(stored.bytes, dtype=torch.uint8) if stays(key) else buffer[: stored.bytes]
                 tensor = self._read(stored, raw)
                 if digests is not None:
                     digest.update(raw.numpy().data)
                 yield key, tensor
-            if digests is not None and digest.hexdigest() != digests[file.name]:
+            if digests is None:
+                continue
+            self._hash(digest, file, done, file.stat().st_size)
+            if digest.hexdigest() != digests[file.name]:
                 raise ValueError(f"{file} is damaged: it is not the file that was saved")
 
     def check(self, own: Mapping[str, Tensor]) -> None:
@@ -194,6 +200,11 @@ class TensorFiles:
 
     def _offset(self, key: str) -> int:
         return self.tensors[key].offset
+
+    def _hash(self, digest: hashlib._Hash, file: Path, start: int, end: int) -> None:
+        """What lies from `start` to `end`."""
+        for at in range(start, end, PASSED):
+            digest.update(self._bytes(file, at, torch.empty(min(PASSED, end - at), dtype=torch.uint8)))
 
     def _read(self, stored: Stored, raw: Tensor) -> Tensor:
         self._bytes(stored.file, stored.offset, raw)
@@ -218,14 +229,17 @@ def fill(
     device: torch.device | str,
     digests: Mapping[str, str] | None = None,
     kind: Callable[[str, Blank], torch.dtype] = lambda key, stored: stored.dtype,
+    tied: Mapping[str, str] = {},
 ) -> None:
     """Every tensor of the network, which may be on the meta device, becomes that of the files, strictly.
+
+    Those that are `tied` lie in no file: each becomes the one that it names.
 
     They go to `device` one by one, each in the `kind` that is said of its name and of what is stored. Beside them the
     host holds one tensor; on a CPU one that is in another kind there, for what stays as it lies is read where it stays.
     `digests` as in `TensorFiles.stream`.
     """
-    files.check(network.state_dict())
+    files.check({key: its for key, its in network.state_dict().items() if key not in tied})
     kinds = {key: kind(key, stored) for key, stored in files.tensors.items()}
 
     def stays(key: str) -> bool:
@@ -235,6 +249,7 @@ def fill(
         key: tensor if stays(key) else tensor.to(device, kinds[key], copy=True)
         for key, tensor in files.stream(digests, stays)
     }
+    state |= {key: state[its] for key, its in tied.items()}
     network.load_state_dict(state, strict=True, assign=True)
     network.requires_grad_(False)
 

@@ -293,14 +293,14 @@ def bench(
         str,
         typer.Argument(
             help="linear, attention: one op. video, scene: a whole demo model. "
-            "quantize, load, calibrate: checkpoints of full size in bounded memory."
+            "quantize, load, whole, calibrate: checkpoints of full size in bounded memory."
         ),
     ],
 ) -> None:
     """Time an op or a demo model beside its baselines, or a large checkpoint's way; rows go into docs/results."""
     programs = {"linear": "quant_runtime.bench", "attention": "quant_runtime.bench"}
     programs |= {kind: f"models.demo.{kind}.bench" for kind in ("video", "scene")}
-    programs |= dict.fromkeys(("quantize", "load", "calibrate"), "service.bench")
+    programs |= dict.fromkeys(("quantize", "load", "whole", "calibrate"), "service.bench")
     if name not in programs:
         raise _refused(ValueError(f"no benchmark {name!r}: there are {', '.join(programs)}"))
     arguments = context.args if programs[name].startswith("models.demo") else [name, *context.args]

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from models import registry, stream, synthetic, tiny
-from models.published import PUBLISHED
+from models.published import PUBLISHED, UMT5_XXL
 from models.wan import Wan
 from quant_runtime import artifact
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W4A8
 from quant_runtime.methods import Rtn
+from quant_runtime.tensor_files import TensorFiles
 from tests.models import films
 from tests.models.synthetics import NAME, WAN, index_of, nothing
 
@@ -161,6 +162,19 @@ def test_it_becomes_an_artifact_layer_by_layer(made, tmp_path):
     manifest = stream.compress(registry.family("wan"), made, Rtn(), W4A8, AttentionPlan(), tmp_path / "out", **words)
     assert artifact.verify(tmp_path / "out") == manifest
     assert len(manifest.layers) == 20
+
+
+def test_with_a_text_encoder_of_other_widths_it_runs_too(tmp_path):
+    widths = {"vocab_size": 2000, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 6}
+    assert UMT5_XXL.keys() > widths.keys()
+    synthetic.write_whole(WAN, tmp_path / "whole", tiny.LIMITS, nothing, encoder=dict(UMT5_XXL) | widths)
+    with TensorFiles.open(tmp_path / "whole" / "text_encoder", "model") as files:
+        assert {its.dtype for its in files.tensors.values()} == {torch.bfloat16}
+        assert "encoder.embed_tokens.weight" not in files.tensors
+    model = Wan().load(tmp_path / "whole", "cpu", torch.float32)
+    assert model.pipe.text_encoder.shared.weight.shape == (2000, 48)
+    assert model.network.config.text_dim == 48
+    assert model.film(films.inputs(width=96, height=64), nothing).frames.shape == (9, 64, 96, 3)
 
 
 def test_with_small_parts_around_it_it_runs(tmp_path):

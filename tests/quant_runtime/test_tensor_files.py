@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from quant_runtime import tensor_files
 from quant_runtime.tensor_files import Blank, TensorFiles, TensorWriter, fill
 
 TENSORS = {
@@ -74,6 +75,37 @@ def test_a_file_that_is_another_is_refused_behind_its_last_tensor(tmp_path, word
     with TensorFiles.open(tmp_path, "model") as held, pytest.raises(ValueError, match=f"{file.name} is damaged"):
         got.extend(held.stream(digests))
     assert got
+
+
+@pytest.mark.parametrize("left", [*TENSORS])
+def test_the_hash_is_that_of_the_file_where_not_all_of_it_is_wanted(tmp_path, left, monkeypatch):
+    monkeypatch.setattr(tensor_files, "PASSED", 7)
+    write(tmp_path)
+    file = tmp_path / "model.safetensors"
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    with TensorFiles.open(tmp_path, "model") as held:
+        some = {key: stored for key, stored in held.tensors.items() if key != left}
+        place = held.tensors[left]
+    with TensorFiles(some) as held:
+        assert {key for key, _ in held.stream(digests)} == some.keys()
+    if place.bytes:
+        data = bytearray(file.read_bytes())
+        data[place.offset] ^= 1
+        file.write_bytes(data)
+        with TensorFiles(some) as held, pytest.raises(ValueError, match="is damaged"):
+            list(held.stream(digests))
+
+
+def test_a_tied_tensor_lies_in_no_file_and_is_the_one_that_it_names(tmp_path):
+    with torch.device("meta"):
+        network = nn.ModuleDict({"words": nn.Embedding(5, 3), "again": nn.Embedding(5, 3)})
+    save_file({"words.weight": torch.arange(15.0).view(5, 3)}, tmp_path / "m.safetensors")
+    with TensorFiles.open(tmp_path, "m") as held:
+        fill(network, held, "cpu", tied={"again.weight": "words.weight"})
+        with pytest.raises(ValueError, match=r"missing: \['again\.weight'\]"):
+            fill(network, held, "cpu")
+    assert network["again"].weight[4, 2] == 14
+    assert network["again"].weight.data_ptr() == network["words"].weight.data_ptr()
 
 
 def test_files_without_an_index_are_read_together(tmp_path):
