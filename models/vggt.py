@@ -293,9 +293,9 @@ class Vggt:
         needs = Needs(layers_of(manifest), plan_of(manifest), sizes, layout, _between(manifest, device))
         yield from pieces(needs, device)
         if not isinstance(needs.plan.policy, Dense):  # inside of frames
-            yield from pieces(
-                replace(needs, layers=[], plan=replace(needs.plan, policy=Dense(), residual=None)), device
-            )
+            frames = replace(needs, layers=[], plan=replace(needs.plan, policy=Dense(), residual=None))
+            for piece in pieces(frames, device):
+                yield piece._replace(name=f"{piece.name}, inside of frames")
         yield from packed_pieces.pieces(needs, config.embed_dim, PACKING, torch.device(device))
         for layer in distinct(needs.layers) if torch.device(device).type == "cpu" else ():
             widened = partial(_widen, layer, torch.device(device), needs.dtype)
