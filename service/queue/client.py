@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
-from pydantic import TypeAdapter
+import structlog
+from pydantic import TypeAdapter, ValidationError
 from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -72,7 +73,12 @@ _AWAY = (
 _AWAY_PREFIXES = ("MISCONF", "NOREPLICAS", "BUSY", "UNKILLABLE")
 _RESULTS = TypeAdapter(tuple[Result, ...])
 _TESTED = TypeAdapter(dict[str, SelfTest])
+_INFO = TypeAdapter(ArtifactInfo)
+_NOT_PUBLISHED = {"workers", "tested"}  # known of the living workers themselves
 _TASKS: dict[str, type[VideoTask] | type[SceneTask]] = {"video": VideoTask, "scene": SceneTask}
+
+_log = structlog.get_logger()
+T = TypeVar("T")
 
 Renewal = Literal["ok", "cancel", "lost"]
 Finish = Literal["ok", "cancelled", "lost"]
@@ -172,6 +178,7 @@ class Queue:
         self.redis = redis
         self.settings = settings
         self.prefix = "{" + settings.queue_prefix + "}"
+        self._unread: set[tuple[str, str]] = set()  # what could not be read, and was logged
 
     @classmethod
     def open(cls, url: str, settings: Settings) -> Self:
@@ -326,9 +333,13 @@ class Queue:
     async def beat(
         self, worker: str, artifacts: Iterable[ArtifactInfo], tested: Mapping[str, SelfTest] | None = None
     ) -> None:
-        """This worker lives, for another three beats, and can run these, but those that its self-test has refused."""
+        """This worker lives, for another three beats, and can run these, but those that its self-test has refused.
+
+        Of an artifact only what is not a default is published: a process of an older version refuses fields that it
+        does not know, and a default is what was meant before there was the field.
+        """
         s, tested = self.settings, dict(tested or {})
-        infos = {info.name: info.model_dump_json() for info in artifacts}
+        infos = {one.name: one.model_dump_json(exclude=_NOT_PUBLISHED, exclude_defaults=True) for one in artifacts}
         pairs = [text for pair in infos.items() for text in pair]
         able = sorted(name for name in infos if name not in tested or tested[name].verdict != "refused")
         ttl, keep = _ms(3 * s.beat_seconds), _ms(s.job_ttl_seconds)
@@ -339,15 +350,29 @@ class Queue:
         await self._call("leave", worker)
 
     async def artifacts(self) -> list[ArtifactInfo]:
-        """What workers have published, by name, with how many live and can run it, and what their self-tests found."""
-        texts, abilities, flat = await self._call("artifacts")
+        """What workers have published, by name, with how many live and can run it, and what their self-tests found.
+
+        Workers of a newer version may say more than is known here: that is left out. What cannot be read even so is
+        left out whole, and logged once.
+        """
+        published, abilities, found = await self._call("artifacts")
         names = [name for text in abilities for name in json.loads(text)]
-        tests = {worker: _TESTED.validate_json(text) for worker, text in zip(flat[0::2], flat[1::2], strict=True)}
+        tests = {worker: self._read(worker, text, _TESTED) or {} for worker, text in _pairs(found)}
         infos = []
-        for info in map(ArtifactInfo.model_validate_json, texts):
-            tested = {worker: test[info.name] for worker, test in tests.items() if info.name in test}
-            infos.append(info.model_copy(update={"workers": names.count(info.name), "tested": tested}))
+        for info in (self._read(name, text, _INFO) for name, text in _pairs(published)):
+            if info is not None:
+                tested = {worker: test[info.name] for worker, test in tests.items() if info.name in test}
+                infos.append(info.model_copy(update={"workers": names.count(info.name), "tested": tested}))
         return sorted(infos, key=lambda info: info.name)
+
+    def _read(self, name: str, text: str, kind: TypeAdapter[T]) -> T | None:
+        try:
+            return kind.validate_json(text, extra="ignore")
+        except ValidationError as error:
+            if (name, text) not in self._unread:
+                self._unread.add((name, text))
+                _log.warning("published_unreadable", of=name, error=str(error))
+            return None
 
     # Ending
 
@@ -420,6 +445,10 @@ def _submission(reply: list[Any]) -> Submission | None:
             raise FullError(reply[1] / 1000 or _GUESS_SECONDS)
         case verdict:
             return Submission(_job(reply[1]), verdict == "new")
+
+
+def _pairs(flat: list[str]) -> Iterable[tuple[str, str]]:
+    return zip(flat[0::2], flat[1::2], strict=True)
 
 
 def _swept(flat: list[Any]) -> tuple[Swept, ...]:

@@ -416,7 +416,10 @@ local function beat(keys, args)
   for _, dead in ipairs(redis.call('ZRANGE', key(p, 'workers'), '-inf', '(' .. text(now), 'BYSCORE')) do
     redis.call('ZREM', key(p, 'workers'), dead)
     redis.call('HDEL', key(p, 'abilities'), dead)
-    redis.call('HDEL', key(p, 'tested'), dead)
+  end
+  -- Not in that loop: code of before `tested` forgets the dead too, and leaves this behind.
+  for _, one in ipairs(redis.call('HKEYS', key(p, 'tested'))) do
+    if not redis.call('ZSCORE', key(p, 'workers'), one) then redis.call('HDEL', key(p, 'tested'), one) end
   end
   for _, old in ipairs(redis.call('ZRANGE', key(p, 'seen'), '-inf', text(now - tonumber(keep)), 'BYSCORE')) do
     redis.call('ZREM', key(p, 'seen'), old)
@@ -433,7 +436,7 @@ local function leave(keys, args)
   return 'ok'
 end
 
--- -> {{info_json...}, {names_json of each living worker...}, {worker, tested_json of each...}}
+-- -> {{name, info_json...}, {names_json of each living worker...}, {worker, tested_json of each...}}
 local function artifacts(keys)
   local p, now = keys[1], now_ms()
   local abilities, tested = {}, {}
@@ -442,7 +445,7 @@ local function artifacts(keys)
     tested[#tested + 1] = worker
     tested[#tested + 1] = redis.call('HGET', key(p, 'tested'), worker) or '{}'
   end
-  return { redis.call('HVALS', key(p, 'artifacts')), abilities, tested }
+  return { redis.call('HGETALL', key(p, 'artifacts')), abilities, tested }
 end
 
 -- id ttl     Files are about to be stored for a job that does not exist yet: if it never does, they are removed.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import pytest
+from structlog.testing import capture_logs
 
-from service.jobs import JobStatus, Progress, Reason, Result, failure
+from service.jobs import JobStatus, Progress, Reason, Result, SelfTest, failure
 from service.queue import client
 from service.queue.client import ConflictError, FullError, Idempotency, Lease, Queue, UnavailableError
 from tests.service.support import film, new_id, room, scene_task, until, video_task
@@ -459,6 +461,36 @@ async def test_stats_tell_depth_age_and_pace(queue):
     assert (stats.waiting, stats.running, stats.workers) == (1, 1, 1)
     assert [(lane.artifact, lane.ready) for lane in stats.lanes] == [("film", 1)]
     assert stats.lanes[0].job_seconds > 0
+
+
+async def test_a_published_description_holds_what_an_older_process_knows(queue):
+    known = {"name", "kind", "family", "method", "bits", "density", "bytes", "limits", "quality", "kernels"}
+    its = SelfTest(verdict="passed", device="cpu", seconds=1)
+    await queue.beat("w1", [film().model_copy(update={"workers": 3, "tested": {"w1": its}})], {"film": its})
+    published = json.loads(await queue.redis.hget(queue.key("artifacts"), "film"))
+    assert published.keys() <= known
+    (read,) = await queue.artifacts()
+    assert read == film().model_copy(update={"workers": 1, "tested": {"w1": its}})
+
+
+async def test_what_a_newer_worker_says_beside_is_ignored_and_what_cannot_be_read_is_left_out_and_logged_once(queue):
+    await queue.beat("w1", [film(), room()], {"film": SelfTest(verdict="passed", device="cpu", seconds=1)})
+    newer = film().model_dump() | {"colour": "red"}
+    newer["limits"]["depth"] = 3
+    await queue.redis.hset(queue.key("artifacts"), "film", json.dumps(newer))
+    await queue.redis.hset(queue.key("artifacts"), "room", json.dumps(room().model_dump() | {"kind": "smell"}))
+    await queue.redis.hset(queue.key("tested"), "w1", json.dumps({"film": {"verdict": "perhaps"}}))
+    with capture_logs() as logs:
+        for _ in range(2):
+            (read,) = await queue.artifacts()
+            assert read == film().model_copy(update={"workers": 1})
+    assert sorted(line["of"] for line in logs if line["event"] == "published_unreadable") == ["room", "w1"]
+
+
+async def test_the_tests_of_workers_that_older_code_forgot_are_forgotten(queue):
+    await queue.redis.hset(queue.key("tested"), "gone", "{}")  # the older code removed it everywhere else
+    await queue.beat("w1", [film()])
+    assert await queue.redis.hkeys(queue.key("tested")) == ["w1"]
 
 
 async def test_artifacts_outlive_their_workers(queue):
