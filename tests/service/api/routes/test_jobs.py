@@ -55,7 +55,7 @@ async def test_a_job_shows_all_its_life(client, queue):
     assert job["results"] == [json.loads(RESULT.model_dump_json())]
     assert set(job) == {
         "id", "kind", "status", "artifact", "request", "created_at", "started_at", "finished_at", "attempt", "progress",
-        "position", "results", "error",
+        "kernels", "position", "results", "error",
     }  # fmt: skip
     assert job["created_at"].endswith("Z")
 
