@@ -81,7 +81,7 @@ def read(folder: Path) -> Found:
                 "density": manifest.density or (manifest.attention and manifest.attention.effective_density),
                 "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
                 "limits": manifest.serving.limits,
-                "cache_bytes": (residual and residual.bytes) or 0,
+                "cache_bytes": residual.bytes if residual else 0,
                 "quality": manifest.quality,
             }
         )

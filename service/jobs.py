@@ -289,7 +289,7 @@ class ArtifactInfo(_Value):
     density: Annotated[float, Field(gt=0, le=1)] | None = None  # kept fraction of key blocks; none is dense
     bytes: Annotated[int, Field(ge=0)]  # of all its files
     limits: VideoLimits | SceneLimits
-    cache_bytes: Annotated[int, Field(ge=0)] = 0  # on the GPU or the host, beside the weights, for the default size
+    cache_bytes: Annotated[int, Field(ge=0)] | None = 0  # beside the weights, at the default size; none: not measured
     quality: dict[str, Any] = {}  # against full precision, as measured when it was made
     kernels: dict[
         str, str

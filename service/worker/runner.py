@@ -174,6 +174,7 @@ class Runner:
     def _unload(self) -> None:
         if self._generator is not None:
             self.hot, self._generator = "", None
+            metrics.cache_bytes.clear()  # which are of what is loaded
             gc.collect()  # modules hold each other in circles: only this frees them now
 
     async def _inputs(self, job: Job, folder: Path) -> VideoInputs | SceneInputs:

@@ -41,6 +41,19 @@ def test_what_serving_does_not_need_is_left_to_the_loader(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("attention", "took"),
+    [({"residual": {"interval": 5, "bytes": None}}, None), ({"residual": {"interval": 5}}, None), ({}, 0), (None, 0)],
+)
+def test_what_a_cache_takes_is_null_where_no_film_has_measured_it_and_none_where_there_is_no_residual(
+    tmp_path, attention, took
+):
+    folder = write_artifact(tmp_path / "a", film())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"attention": attention}))
+    assert read(folder).info.cache_bytes == took
+
+
+@pytest.mark.parametrize(
     ("change", "hint"),
     [
         ({"serving": {"kind": "video", "limits": {"size_multiple": 16}}}, "max_pixels"),

@@ -140,6 +140,9 @@ async def test_what_a_job_cached_and_where_is_told(make, queue, monkeypatch):
 
     assert await told() == [4096, 0]
     assert await told() == [0, 1024]
+    await runner.unload()
+    places = ({"artifact": "film", "place": place} for place in ("device", "host"))
+    assert [metrics.REGISTRY.get_sample_value("lowbit_cache_bytes", place) for place in places] == [None, None]
 
 
 async def test_every_artifact_is_tested_on_the_device_that_will_run_it_and_one_that_is_refused_is_not_offered(make):
