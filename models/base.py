@@ -32,6 +32,10 @@ class BadInput(ValueError):
         self.field = field
 
 
+class NoRoom(ValueError):
+    """These inputs can work with this generator, and at this moment there is too little memory for them."""
+
+
 @dataclass(frozen=True)
 class VideoLimits:
     """What a video generator takes, and what it takes for a field that a request leaves out."""
@@ -102,7 +106,10 @@ class Generator(Protocol):
     kind: Kind
 
     def run(self, inputs: VideoInputs | SceneInputs, folder: Path, on_step: OnStep) -> Outputs:
-        """Generate and write the files into `folder`. Raises BadInput for inputs that can never work."""
+        """Generate and write the files into `folder`.
+
+        Raises BadInput for inputs that can never work, and NoRoom for those that another moment may have memory for.
+        """
         ...
 
 

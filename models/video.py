@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import quant_runtime.diffusers
 from models import convolutions, encoders, packed_pieces, run_record, video_files
-from models.base import BadInput, Kind, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
+from models.base import BadInput, Kind, NoRoom, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
 from models.packed_pieces import Packing
 from models.precision import fast_float
 from models.run_record import Clock
@@ -39,7 +39,7 @@ from quant_runtime.attention import AttentionPlan, AttentionState, SharedState, 
 from quant_runtime.convert import prepare
 from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.linear import QuantLinear, fusable, fuse
-from quant_runtime.memory import room
+from quant_runtime.memory import host_room, room
 from quant_runtime.narrow_linear import keep_narrow, narrowable
 from quant_runtime.paged import Pages, Read, page
 from quant_runtime.residual import Place
@@ -215,7 +215,7 @@ class VideoModel(ABC):
         """How many a step runs through a network, in one pass or in several: another one is what guides away."""
         return 2 if inputs.guidance > 1 else 1
 
-    def residual_bytes(self, inputs: VideoInputs) -> int:
+    def residual_bytes(self, inputs: VideoInputs, pinned: bool = False) -> int:
         """What the plan caches of what sparse attention loses takes in all, for a film of these inputs."""
         plan, tokens = self.attention.plan, self.expected(inputs).tokens
         if plan.residual is None:
@@ -225,32 +225,36 @@ class VideoModel(ABC):
             made: Any = network
             heads, size = made.config.num_attention_heads, made.config.attention_head_dim
             layers = len(set(range(len(self.attentions(made)))) - set(plan.dense_layers))
-            most = max(most, layers * plan.residual.bytes(tokens, heads, size, made.dtype.itemsize))
+            most = max(most, layers * plan.residual.bytes(tokens, heads, size, made.dtype.itemsize, pinned))
         return most * self.sequences(inputs)
 
     def place(self, inputs: VideoInputs) -> Place | None:
         """Where the residual goes: where the plan says, or, of `auto`, on the device if it has room beside a step.
 
-        Refuses what has no room where the plan says.
+        What has no room there is refused: by BadInput, with what would do, where it can never have it, and by NoRoom
+        where others hold the memory at this moment. On a CPU it lies in the host's memory wherever it is to go.
         """
-        residual, free = self.attention.plan.residual, room(self._device())
-        if residual is None or residual.place == "host":
-            return None if residual is None else "host"
-        needed = self.residual_bytes(inputs)
-        first: Any = next(iter(networks(self.network).values()))
-        config = first.config
-        width = config.num_attention_heads * config.attention_head_dim
-        step = STEP_TENSORS * 2 * self.expected(inputs).tokens * width * self.sequences(inputs)
-        if free is None or needed + step <= free:
-            return "device"
-        if residual.place == "auto":
-            return "host"
-        raise BadInput(
-            "frames",
-            f"a film of this size takes {needed / 2**30:.1f} GiB for the residual of sparse attention and "
-            f"{step / 2**30:.1f} GiB for a step, and {free / 2**30:.1f} GiB are free beside the weights: take fewer "
-            "frames or a smaller picture, or make the artifact with --residual-place auto, or with --residual-bits 8",
-        )
+        residual, card = self.attention.plan.residual, room(self._device())
+        if residual is None:
+            return None
+        may_fit = False
+        if card is not None and residual.place != "host":
+            needed = self.residual_bytes(inputs)
+            first: Any = next(iter(networks(self.network).values()))
+            width = first.config.num_attention_heads * first.config.attention_head_dim
+            step = STEP_TENSORS * 2 * self.expected(inputs).tokens * width * self.sequences(inputs)
+            if needed + step <= card.now:
+                return "device"
+            may_fit = needed + step <= card.ever
+            if residual.place == "device":
+                takes = f"{_gib(needed)} for the residual of sparse attention and {_gib(step)} for a step"
+                free = f"{_gib(card.now)} are free beside the weights"
+                raise _refused(takes, free, "--residual-place auto, or with ", may_fit)
+        taken, host = self.residual_bytes(inputs, pinned=card is not None), host_room()
+        if host is not None and taken > host.now:
+            takes = f"{_gib(taken)} of the host for the residual of sparse attention"
+            raise _refused(takes, f"{_gib(host.now)} are free there", "", may_fit or taken <= host.ever)
+        return "device" if card is None and residual.place != "host" else "host"
 
     def _device(self) -> torch.device:
         return next(self.network.parameters()).device
@@ -426,6 +430,19 @@ class VideoModel(ABC):
             tokens = self.tokens(text)
             if tokens > self.serving.max_tokens:
                 raise BadInput(name, f"{name} is at most {self.serving.max_tokens} tokens long, got {tokens}")
+
+
+def _refused(takes: str, free: str, also: str, passing: bool) -> BadInput | NoRoom:
+    """Of a film whose residual has no room at this moment; `passing` if it may have at another."""
+    said = f"a film of this size takes {takes}, and {free}"
+    if passing:
+        return NoRoom(f"{said} at this moment, others hold the rest")
+    would_do = f"take fewer frames or a smaller picture, or make the artifact with {also}--residual-bits 8"
+    return BadInput("frames", f"{said}: {would_do}")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 class _Denoised(Exception):

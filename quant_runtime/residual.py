@@ -71,13 +71,18 @@ class Residual:
         before = self.order == 2 and 0 < _first(warm) - step <= 2
         return (before or self.due(step, warm)) and max(step, _first(warm)) < steps - 1
 
-    def bytes(self, tokens: int, heads: int, size: int, value_bytes: int) -> int:
-        """Of the cache of one layer's attention, for each sequence of its batch and each branch."""
-        width = size + (min(self.rank, size) if self.order == 2 else 0)
-        parts = 1 + (self.order == 2)
-        a_token = width + 4 * parts if self.bits == 8 else width * value_bytes
-        across = 4 * size * min(self.rank, size) if self.order == 2 else 0
-        return heads * (tokens * a_token + across)
+    def bytes(self, tokens: int, heads: int, size: int, value_bytes: int, pinned: bool = False) -> int:
+        """Of the cache of one layer's attention, for each sequence of its batch and each branch.
+
+        Where it is `pinned`, torch rounds the bytes of each tensor up to a power of two.
+        """
+        rank = min(self.rank, size) if self.order == 2 else 0
+        widths = [size, rank] if rank else [size]
+        values = [tokens * width * (1 if self.bits == 8 else value_bytes) for width in widths]
+        scales = [4 * tokens for _ in widths] if self.bits == 8 else []
+        across = [4 * size * rank] if rank else []
+        tensors = [heads * one for one in (*values, *scales, *across)]
+        return sum(1 << (one - 1).bit_length() for one in tensors) if pinned else sum(tensors)
 
 
 def _first(warm: int) -> int:

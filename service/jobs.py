@@ -166,6 +166,7 @@ class Reason(StrEnum):
     BAD_INPUT = "bad-input"  # these inputs can never work
     MODEL_ERROR = "model-error"  # the model raised; the same inputs would make it raise again
     OUT_OF_MEMORY = "out-of-memory"  # likewise
+    NO_ROOM = "no-room"  # too little memory at that moment: others held the rest; tried again
     STALLED = "stalled"  # no step for longer than allowed; tried again
     DEVICE_LOST = "device-lost"  # the GPU or its driver gave up; tried again on a fresh process
     ARTIFACT = "artifact-unusable"  # this worker cannot load it, and offers it no more; tried again on another

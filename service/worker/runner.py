@@ -22,7 +22,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from models.base import BadInput, Generator, OutputFile, Outputs, SceneInputs, VideoInputs
+from models.base import BadInput, Generator, NoRoom, OutputFile, Outputs, SceneInputs, VideoInputs
 from service import metrics
 from service.artifacts import Found
 from service.jobs import (
@@ -295,6 +295,8 @@ def explain(error: Exception) -> Problem:
     match error:
         case BadInput():
             return failure(Reason.BAD_INPUT, str(error)[:LONGEST_DETAIL], error.field)
+        case NoRoom():
+            return failure(Reason.NO_ROOM, str(error)[:LONGEST_DETAIL])
         case StorageError() | MissingError():
             return failure(Reason.STORAGE, detail)
         case ArtifactError():

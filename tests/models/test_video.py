@@ -11,11 +11,12 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from models import compress, registry, stream, synthetic, video
-from models.base import BadInput
+from models.base import BadInput, NoRoom
 from models.compress import Recipe
 from models.wan import Wan
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W8A8
+from quant_runtime.memory import Room
 from quant_runtime.methods import Rtn
 from quant_runtime.residual import Residual
 from quant_runtime.sparsity.topk import TopK
@@ -146,19 +147,57 @@ def test_a_residual_goes_where_the_plan_says_while_there_is_room(tiny, place, pl
     assert record["refreshes"][0]["lost"] > 0
 
 
-def test_a_residual_that_has_no_room_goes_to_the_host_where_it_may_and_is_refused_where_it_may_not(tiny, monkeypatch):
-    model, asked = with_residual(tiny), inputs()
+def needs(model, asked):
+    """Of the device, for the residual and for a step."""
     config = model.network.config
     width = config.num_attention_heads * config.attention_head_dim
-    needed = model.residual_bytes(asked) + video.STEP_TENSORS * 2 * model.expected(asked).tokens * width * 2
-    monkeypatch.setattr(video, "room", lambda device: needed)
+    return model.residual_bytes(asked) + video.STEP_TENSORS * 2 * model.expected(asked).tokens * width * 2
+
+
+PLENTY = Room(2**60, 2**60)
+
+
+def test_a_residual_that_has_no_room_goes_to_the_host_where_it_may_and_is_refused_where_it_may_not(tiny, monkeypatch):
+    model, asked = with_residual(tiny), inputs()
+    needed = needs(model, asked)
+    monkeypatch.setattr(video, "host_room", lambda: PLENTY)
+    monkeypatch.setattr(video, "room", lambda device: Room(needed, needed))
     assert model.place(asked) == "device"
-    monkeypatch.setattr(video, "room", lambda device: needed - 1)
+    monkeypatch.setattr(video, "room", lambda device: Room(needed - 1, needed - 1))
     with pytest.raises(BadInput, match=r"GiB are free beside the weights: take fewer frames .* --residual-place auto"):
         model.film(asked, nothing)
     model.place(inputs(frames=5))  # there is room for that
     assert with_residual(tiny, place="auto").place(asked) == "host"
     assert with_residual(tiny, place="host").place(asked) == "host"
+
+
+@pytest.mark.parametrize("place", ["host", "auto"])
+def test_a_residual_that_the_host_has_no_room_for_is_refused_by_the_film_s_frames(tiny, monkeypatch, place):
+    model, asked = with_residual(tiny, place=place), inputs()
+    pinned = model.residual_bytes(asked, pinned=True)
+    assert pinned > model.residual_bytes(asked), "torch rounds it up"
+    monkeypatch.setattr(video, "room", lambda device: Room(0, 0))
+    monkeypatch.setattr(video, "host_room", lambda: Room(pinned, pinned))
+    assert model.place(asked) == "host"
+    monkeypatch.setattr(video, "host_room", lambda: Room(pinned - 1, pinned - 1))
+    with pytest.raises(BadInput, match=r"GiB of the host .*: take fewer frames .* with --residual-bits 8") as error:
+        model.film(asked, nothing)
+    assert error.value.field == "frames"
+
+
+def test_what_only_this_moment_has_no_room_for_may_be_asked_again(tiny, monkeypatch):
+    asked = inputs()
+    needed, pinned = needs(with_residual(tiny), asked), with_residual(tiny).residual_bytes(asked, pinned=True)
+    full, never = Room(needed - 1, needed), Room(needed - 1, needed - 1)
+    host_full, host_never = Room(pinned - 1, pinned), Room(pinned - 1, pinned - 1)
+    for place, card, host, error in (
+        ("device", full, PLENTY, NoRoom), ("host", never, host_full, NoRoom), ("auto", never, host_full, NoRoom),
+        ("auto", full, host_never, NoRoom), ("auto", never, host_never, BadInput),
+    ):  # fmt: skip
+        monkeypatch.setattr(video, "room", lambda device, card=card: card)
+        monkeypatch.setattr(video, "host_room", lambda host=host: host)
+        with pytest.raises(error):
+            with_residual(tiny, place=place).place(asked)
 
 
 def test_a_plan_that_cannot_run_is_refused_before_anything_is_read_or_written(tiny, tmp_path):

@@ -175,6 +175,9 @@ def test_what_a_cache_takes_is_known_before(order, bits, dtype, error, device):
     batch, heads, tokens, size = SHAPE
     cache = cache_of(noise(device), noise(device), dtype=dtype, order=order, rank=8, bits=bits)
     assert cache.bytes == batch * cache.residual.bytes(tokens, heads, size, dtype.itemsize)
+    (entry,) = cache._home._held.values()
+    rounded = sum(1 << (one.nbytes - 1).bit_length() for one in residual._tensors(entry))
+    assert rounded == batch * cache.residual.bytes(tokens, heads, size, dtype.itemsize, pinned=True)
     cache.clear()
     assert cache.empty
     assert cache.bytes > 0, "as it was"

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from models.base import OutputFile, Outputs
+from models.base import NoRoom, OutputFile, Outputs
 from service import metrics
 from service.artifacts import find
 from service.jobs import Upload
@@ -227,6 +227,7 @@ async def test_the_thread_outlives_what_raises_and_what_nobody_waits_for():
         (MemoryError("host"), "out-of-memory"),
         (toy.OutOfMemoryError("device"), "out-of-memory"),
         (RuntimeError("CUDA error: device-side assert triggered"), "device-lost"),
+        (NoRoom("others hold the rest"), "no-room"),
         (KeyError("x" * 10_000), "model-error"),
     ],
 )
