@@ -84,7 +84,7 @@ kernels_compiled = _counter("kernels_compiled", "Kernels that Triton made ready:
 kernel_compile_seconds = _counter("kernel_compile_seconds", "What that took", "cache")
 worker_state = _gauge(
     "worker_state",
-    "1 for the state it is in: starting, ready, busy, draining, or refused, with nothing to run",
+    "1 for the state it is in: starting, short-of-memory in its self-test, ready, busy, draining, or refused",
     "state",
 )
 worker_beat_age_seconds = _gauge("worker_beat_age_seconds", "Since the worker last told the queue that it lives")
@@ -92,7 +92,7 @@ worker_lease_lost = _counter("worker_lease_lost", "Jobs that another attempt too
 duplicates_suppressed = _counter("duplicate_results_suppressed", "Finished results that were refused by the fence")
 queue_errors = _counter("queue_errors", "Calls of the queue server that failed")
 
-STATES = ("starting", "ready", "busy", "draining", "refused")
+STATES = ("starting", "short-of-memory", "ready", "busy", "draining", "refused")
 VERDICTS = ("passed", "fallback", "refused")
 
 

@@ -80,17 +80,19 @@ class Worker:
     async def _test(self) -> None:
         """The self-test, before anybody hears of this worker; a worker that is told to go does not wait for its end.
 
-        Raises UnusableError where it has no end.
+        Raises UnusableError where that of one artifact has no end.
         """
         test, told = asyncio.create_task(self.runner.test()), asyncio.create_task(self.draining.wait())
         patience = self.settings.stall_seconds
-        await asyncio.wait({test, told}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        while not (test.done() or told.done()) and (left := self.runner.moved + patience - time.monotonic()) > 0:
+            await asyncio.wait({test, told}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
         if not test.done():
             test.cancel()
             if self.draining.is_set():
                 return
-            raise UnusableError(f"the self-test has not ended in {patience:g} s: the device hangs")
+            what = self.runner.testing or "artifacts"
+            raise UnusableError(f"the self-test of {what} has not ended in {patience:g} s: the device hangs")
         await test
         metrics.tested(self.runner.tested)
         for name, found in self.runner.tested.items():

@@ -47,6 +47,7 @@ from service.settings import Settings
 from service.worker.inputs import decode_image, sample_video
 from service.worker.machine import device_of
 
+TESTS = 6  # of the kernels at a start, where memory is short: after pauses that double; whoever leaves it needs a while
 LONGEST_DETAIL = 500  # characters of an exception that a caller is shown
 
 _log = structlog.get_logger()
@@ -107,6 +108,8 @@ class Runner:
         self._folders = {one.info.name: one.folder for one in found}
         self.infos: dict[str, ArtifactInfo] = {one.info.name: one.info for one in found}
         self.tested: dict[str, SelfTest] = {}  # by the artifacts' names, once `test` was called
+        self.testing = ""  # name of the artifact in its self-test
+        self.moved = time.monotonic()  # when that began
         self.hot = ""  # name of the loaded artifact
         self._generator: Generator | None = None
         self._load, self._test = load, test
@@ -121,9 +124,27 @@ class Runner:
         return [name for name in self.infos if name not in tested or tested[name].verdict != "refused"]
 
     async def test(self) -> None:
-        """The self-test of every artifact, if the settings want it. An artifact that cannot be tested is refused."""
-        if self._settings.selftest != "off":
+        """The self-test of every artifact, if the settings want it. An artifact that cannot be tested is refused.
+
+        Running out of memory says nothing of the kernels: then all are tested again, TESTS times in all, as a worker
+        that leaves this device may hold it still.
+        """
+        if self._settings.selftest == "off":
+            return
+        pause = self._settings.backoff_seconds
+        for again in reversed(range(TESTS)):
+            self.testing, self.moved = "", time.monotonic()
             self.tested = await self._thread.call(self._tests)
+            short = sorted(name for name, one in self.tested.items() if _ran_out_of_memory(one))
+            if not short or not again:
+                return
+            pause = min(pause, self._settings.backoff_max_seconds)
+            metrics.in_state("short-of-memory")
+            _log.warning("selftest_out_of_memory", artifacts=short, seconds=pause, tests_left=again)
+            self.moved = time.monotonic() + pause
+            await asyncio.sleep(pause)
+            metrics.in_state("starting")
+            pause *= 2
 
     async def run(self, job: Job, watch: Watch) -> list[Result]:
         """Fetch the inputs, run the model, store the files under this attempt."""
@@ -157,13 +178,14 @@ class Runner:
     def _tests(self) -> dict[str, SelfTest]:
         """Again where one artifact's test has changed by what version an op runs, which another's had found right."""
         while True:
-            tested = {name: self._tested(folder) for name, folder in self._folders.items()}
+            tested = {name: self._tested(name, folder) for name, folder in self._folders.items()}
             versions = {pair for one in tested.values() for pair in one.versions.items()}
             if len(versions) == len(dict(versions)):
                 return tested
 
-    def _tested(self, folder: Path) -> SelfTest:
-        device, begun = device_of(self._settings), time.monotonic()
+    def _tested(self, name: str, folder: Path) -> SelfTest:
+        self.testing, self.moved = name, time.monotonic()
+        device, begun = device_of(self._settings), self.moved
         try:
             return self._test(folder, device, self._settings.selftest == "fallback")
         except Exception as error:
@@ -279,6 +301,11 @@ def _stage(name: str, watch: Watch) -> Iterator[None]:
     watch.alive()
     with metrics.stage_seconds.labels(name, watch.artifact).time():
         yield
+
+
+def _ran_out_of_memory(tested: SelfTest) -> bool:
+    whys = tested.failures.values() if tested.verdict == "refused" else ()
+    return any(why.startswith(("OutOfMemoryError:", "MemoryError:")) for why in whys)  # by the exceptions' names
 
 
 def _checked(files: tuple[OutputFile, ...]) -> tuple[OutputFile, ...]:

@@ -38,7 +38,9 @@ def test_the_queue_is_shown_as_it_is_and_not_as_it_was():
 
 def test_a_worker_is_in_one_state_and_tells_what_it_holds():
     metrics.in_state("busy")
-    assert [value("worker_state", state=state) for state in metrics.STATES] == [0, 0, 1, 0, 0]
+    assert [value("worker_state", state=state) for state in metrics.STATES] == [
+        state == "busy" for state in metrics.STATES
+    ]
     metrics.holds([film(), room()])
     assert value("artifact_info", artifact="film", family="wan", method="none", bits="W4A8", density="0.25") == 1
     assert value("artifact_info", artifact="room", family="vggt", method="none", bits="W8A8", density="1") == 1

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -166,6 +167,35 @@ async def test_a_worker_whose_test_has_no_end_is_given_up(make, queue):
         await worker.run()
     go.set()
     assert await queue.artifacts() == []
+
+
+async def test_patience_with_a_test_begins_anew_with_each_artifact_and_what_hangs_is_named(make, queue):
+    queue.settings = queue.settings.model_copy(update={"stall_seconds": 0.6})
+    go, hangs = threading.Event(), []
+
+    def slow(path: Path, device: str, fallback: bool) -> SelfTest:
+        if path.name in hangs:
+            go.wait(10)
+        time.sleep(0.4)
+        return toy.test(path, device, fallback)
+
+    async with at_work(make(test=slow)):  # 0.8 s in all
+        await until(lambda: queue.artifacts())
+    hangs.append("room")
+    with pytest.raises(UnusableError, match=r"the self-test of room has not ended in 0\.6 s"):
+        await make(test=slow).run()
+    go.set()
+
+
+async def test_a_worker_that_is_short_of_memory_says_so_and_can_be_told_to_go(make, queue):
+    queue.settings = queue.settings.model_copy(update={"backoff_seconds": 60, "backoff_max_seconds": 60})
+
+    def short(path: Path, device: str, fallback: bool) -> SelfTest:
+        raise toy.OutOfMemoryError("others hold it")
+
+    async with at_work(make(test=short)):
+        await until(lambda: count(metrics.worker_state, "short-of-memory"))
+        assert await queue.artifacts() == []
 
 
 async def test_what_fell_back_is_in_the_metrics_and_in_the_job_s_record(make, queue):

@@ -194,6 +194,39 @@ async def test_an_artifact_whose_test_raises_is_refused_with_the_reason(make):
     assert tested.tested["film"].failures == {"artifact": "ValueError: manifest.json: layers.x: Field required"}
 
 
+@pytest.mark.parametrize("raised", [True, False])  # out of the test, or told by it
+async def test_a_test_that_runs_out_of_memory_is_done_again_until_there_is_some(make, raised):
+    asked = []
+
+    def test(path, device, fallback):
+        asked.append(path.name)
+        if asked.count("film") > 2 or path.name == "room":
+            return toy.test(path, device, fallback)
+        if raised:
+            raise toy.OutOfMemoryError("others hold it")
+        why = {"linear of 64": "OutOfMemoryError: others hold it"}
+        return toy.test(path, device, fallback).model_copy(update={"verdict": "refused", "failures": why})
+
+    tested = make(test=test)
+    await tested.test()
+    assert tested.offered == ["film", "room"]
+    assert asked.count("film") == 3
+
+
+async def test_an_artifact_that_never_has_the_memory_for_its_test_is_refused_in_the_end(make):
+    asked = []
+
+    def test(path, device, fallback):
+        asked.append(path.name)
+        raise MemoryError("too small")
+
+    tested = make(test=test)
+    await tested.test()
+    assert tested.offered == []
+    assert tested.tested["film"].failures == {"artifact": "MemoryError: too small"}
+    assert asked.count("film") == runner.TESTS
+
+
 async def test_the_model_s_folder_goes_with_the_run(make, queue, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     await make().run(await job_of(queue, "video", video_task()), Watch("video", "film"))
