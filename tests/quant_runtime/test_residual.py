@@ -5,7 +5,10 @@ from quant_runtime import residual
 from quant_runtime.residual import Residual, ResidualCache, leading, used
 from tests.support import relative_error
 
-FLOAT32 = 1e-5  # products of some hundred numbers, added up in another order
+ON_GPU = torch.cuda.is_available()
+# Products of some hundred numbers, added up in another order; a GPU makes them of 11 bits, of vectors near the best.
+FLOAT32 = 2e-3 if ON_GPU else 1e-5
+TEN_TIMES = 2e-3 if ON_GPU else 1e-4  # of numbers ten times as large
 BF16 = 2**-8  # two roundings of a number to 9 bits: of what is kept, and of what was
 INT8 = (
     0.02  # a row's largest of some dozen normal numbers is 2 to 3, so 1/254 of it is 1 % of their size; measured: 0.008
@@ -100,9 +103,9 @@ def test_what_is_lost_in_proportion_to_the_step_is_met_where_the_next_refresh_wo
 
     first, second = (cache_of(*(lost(n * period) for n in range(3)), order=order, rank=4, bits=16) for order in (1, 2))
     for k in range(1, period + 1):
-        assert relative_error(lost(2 * period + k) - given(first), k * slope) < 1e-4, "of numbers 10 times as large"
+        assert relative_error(lost(2 * period + k) - given(first), k * slope) < TEN_TIMES
         missed = lost(2 * period + k) - given(second)
-        assert (missed - (k - period) * slope).norm() < 1e-4 * (period * slope).norm()
+        assert (missed - (k - period) * slope).norm() < TEN_TIMES * (period * slope).norm()
 
 
 @pytest.mark.parametrize(("bits", "dtype", "error"), TYPES)
