@@ -263,7 +263,7 @@ def _rows_by_length(kept: Tensor, counts: Tensor, keys: int, block_k: int) -> di
 
 
 @jit
-def _kernel(
+def _attention_blocks(
     q,
     k,
     v,
@@ -353,7 +353,7 @@ def launch(
     (batch, heads, tokens, size), keys, out = q.shape, k.shape[2], _answer(q, v)
     q, k, v, kept = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v, kept))
     rows = triton.cdiv(tokens, block_q)
-    _kernel[(rows, batch * heads)](
+    _attention_blocks[(rows, batch * heads)](
         q,
         k,
         v,

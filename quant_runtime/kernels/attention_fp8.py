@@ -360,7 +360,7 @@ def _both(
 
 
 @jit
-def _kernel(
+def _attention_fp8(
     q,
     k,
     v,
@@ -612,7 +612,7 @@ def _launch(
     wide = triton.next_power_of_2(size)
     described_k = TensorDescriptor.from_tensor(k.view(-1, size), [block_k, wide])
     described_v = TensorDescriptor.from_tensor(v.view(-1, padded), [wide, block_k])
-    _kernel[(triton.cdiv(count, tile), batch * heads)](
+    _attention_fp8[(triton.cdiv(count, tile), batch * heads)](
         q,
         described_k,
         described_v,

@@ -76,7 +76,9 @@ def pool_reference(x: Tensor, block: int) -> Tensor:
 
 
 @jit
-def _pool(x, means, H, N, BLOCKS, stride_b, stride_h, stride_n, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+def _pool_blocks(
+    x, means, H, N, BLOCKS, stride_b, stride_h, stride_n, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, d = block * BN + tl.arange(0, BN), tl.arange(0, DP)
     x_head = x + head // H * stride_b + head % H * stride_h
@@ -87,7 +89,7 @@ def _pool(x, means, H, N, BLOCKS, stride_b, stride_h, stride_n, BN: tl.constexpr
 
 
 @jit
-def _select(
+def _choose_by_density(
     scores,
     forced,
     whole,
@@ -139,7 +141,7 @@ def launch_choose(
     kept = torch.empty(*scores.shape[:3], listed, dtype=torch.int32, device=scores.device)
     counts = torch.empty(scores.shape[:3], dtype=torch.int32, device=scores.device)
     masks = (None if m is None else m.to(torch.int8) for m in (forced, whole))
-    _select[(counts.numel(),)](
+    _choose_by_density[(counts.numel(),)](
         scores,
         *masks,
         kept,
@@ -160,7 +162,7 @@ def launch_pool(x: Tensor, block: int) -> Tensor:
     x = x if x.stride(3) == 1 else x.contiguous()
     blocks = triton.cdiv(tokens, block)
     means = torch.empty(batch, heads, blocks, size, dtype=torch.float32, device=x.device)
-    _pool[(blocks, batch * heads)](
+    _pool_blocks[(blocks, batch * heads)](
         x, means, heads, tokens, blocks, *x.stride()[:3], BN=block, D=size, DP=triton.next_power_of_2(size)
     )
     return means

@@ -123,7 +123,7 @@ def reference(
 
 
 @jit
-def _choose(
+def _choose_by_mass(
     scores,
     forced,
     whole,
@@ -221,7 +221,7 @@ def launch(
     counts = torch.empty(scores.shape[:3], dtype=torch.int32, device=scores.device)
     masks = (None if m is None else m.to(torch.int8) for m in (forced, whole))
     guards = (None if g is None else g.contiguous() for g in (q_alike, k_alike))
-    _choose[(counts.numel(),)](
+    _choose_by_mass[(counts.numel(),)](
         scores,
         *masks,
         *guards,

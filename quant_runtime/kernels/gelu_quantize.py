@@ -60,7 +60,7 @@ def reference(
 
 
 @jit
-def _kernel(
+def _gelu_quantize(
     x,
     before,
     factor,
@@ -109,7 +109,7 @@ def launch(
     q = torch.empty(rows, j + k, dtype=dtype, device=x.device)
     row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     wide = triton.next_power_of_2(j + k)
-    _kernel[(rows,)](
+    _gelu_quantize[(rows,)](
         x,
         before,
         factor,

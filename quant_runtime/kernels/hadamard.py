@@ -86,7 +86,7 @@ def rotate_chunk(x: Tensor, signs: Tensor, block: int) -> Tensor:
 
 
 @jit
-def _kernel(x, signs, y, ROWS, K, B: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr):
+def _hadamard(x, signs, y, ROWS, K, B: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr):
     """The first pass: x as rows of B columns, times H of B from the right. BP is B, or a dot's least, 16."""
     rows = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     cols = tl.arange(0, BP)
@@ -109,7 +109,7 @@ def signed_ones(B: tl.constexpr, dtype: tl.constexpr):
 
 
 @jit
-def _across(y, S: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr):
+def _hadamard_across(y, S: tl.constexpr, B: tl.constexpr, BP: tl.constexpr, BS: tl.constexpr):
     """A further pass, in place: y as [N, B, S], each [B, S] multiplied by H of B from the left."""
     tile, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i, s = tl.arange(0, BP), part * BS + tl.arange(0, BS)
@@ -123,11 +123,11 @@ def launch(x: Tensor, signs: Tensor, block: int) -> Tensor:
     (m, k), done = x.shape, min(block, tile(x.dtype))
     y = torch.empty(m, k, dtype=torch.float32, device=x.device)
     rows = m * (k // done)
-    _kernel[(triton.cdiv(rows, 64),)](x.contiguous(), signs, y, rows, k, B=done, BP=max(done, 16), BR=64)
+    _hadamard[(triton.cdiv(rows, 64),)](x.contiguous(), signs, y, rows, k, B=done, BP=max(done, 16), BR=64)
     while done < block:
         more = min(block // done, FLOAT_TILE)
         count, part = m * (k // (done * more)), min(done, 64)
-        _across[(count, done // part)](y, S=done, B=more, BP=max(more, 16), BS=part)
+        _hadamard_across[(count, done // part)](y, S=done, B=more, BP=max(more, 16), BS=part)
         done *= more
     return y
 

@@ -57,7 +57,7 @@ def on_cpu(
 
 
 @jit
-def _kernel(
+def _hadamard_quantize(
     x,
     signs,
     factor,
@@ -141,7 +141,7 @@ def launch(
     )  # of sums of 16-bit numbers 11 bits are as good as their own
     top, tiny = quantize_rows.top(bits, dtype), quantize_rows.TINY
     programs = min(triton.cdiv(m, rows), 4 * processors(x.device))
-    _kernel[(programs,)](
+    _hadamard_quantize[(programs,)](
         x.contiguous(), signs, factor, q, scale, m, k, top, TINY=tiny, FACTOR=factor is not None, **sizes,
         PRECISION=precision, num_warps=8 if rows * parts * max(inner, 16) > 8192 else 4,
     )  # fmt: skip

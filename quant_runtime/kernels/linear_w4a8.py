@@ -62,7 +62,7 @@ def on_cpu(
 
 
 @jit
-def _kernel(
+def _linear_w4a8(
     x,
     packed,
     x_scale,
@@ -134,7 +134,7 @@ def launch_few_rows(
     bm, bn, bk = 16 if m <= 16 else 32, 64, 128
     operands = (x.contiguous(), packed.contiguous(), x_scale.contiguous(), w_scale.contiguous())
     grid = (triton.cdiv(n, bn), triton.cdiv(m, bm))
-    _kernel[grid](*operands, bias, y, m, n, k, half, BIAS=bias is not None, BM=bm, BN=bn, BK=bk)
+    _linear_w4a8[grid](*operands, bias, y, m, n, k, half, BIAS=bias is not None, BM=bm, BN=bn, BK=bk)
     return y
 
 

@@ -125,7 +125,7 @@ def finish(sums: Tensor, x_scale: Tensor, w_scale: Tensor, offset: Tensor | None
 
 
 @jit
-def _kernel(
+def _linear_w8a8(
     x,
     w,
     x_scale,
@@ -159,7 +159,7 @@ def _kernel(
 
 
 @jit
-def _persistent(
+def _linear_w8a8_persistent(
     x,
     w,
     x_scale,
@@ -234,12 +234,14 @@ def launch(
         programs = min(processors(x.device), triton.cdiv(m, bm) * triton.cdiv(n, bn))
         group = 16 if n * k > WIDE else 8
         sizes = {"BM": bm, "BN": bn, "BK": bk, "GROUP": group, "num_warps": 8, "num_stages": 3}
-        _persistent[(programs,)](dx, dw, x_scale, w_scale, bias, dy, m, n, k, programs, BIAS=bias is not None, **sizes)
+        _linear_w8a8_persistent[(programs,)](
+            dx, dw, x_scale, w_scale, bias, dy, m, n, k, programs, BIAS=bias is not None, **sizes
+        )
         return y
     bm, bn, bk, warps = (128, 128, 128, 8) if m > FEW_ROWS else (32, 64, 128, 4)
     grid = (triton.cdiv(m, bm) * triton.cdiv(n, bn),)
     sizes = {"BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "num_warps": warps}
-    _kernel[grid](x, w, x_scale, w_scale, bias, y, m, n, k, BIAS=bias is not None, **sizes)
+    _linear_w8a8[grid](x, w, x_scale, w_scale, bias, y, m, n, k, BIAS=bias is not None, **sizes)
     return y
 
 

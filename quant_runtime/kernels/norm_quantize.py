@@ -121,7 +121,7 @@ def by_token(modulation: Tensor, x: Tensor, first: int) -> Tensor:
 
 
 @jit
-def _kernel(
+def _norm_quantize(
     x,
     shift,
     scale,
@@ -236,7 +236,7 @@ def _launch(
     y = y if y is None or y.stride(2) == 1 else y.contiguous()
     gate = gate if gate is None or gate.stride(-1) == 1 else gate.contiguous()
     mod_p, gate_p = (0 if t is None or t.dim() == 2 else t.stride(1) for t in (shift, gate))
-    _kernel[(tokens, batch)](
+    _norm_quantize[(tokens, batch)](
         x,
         shift,
         scale,

@@ -205,7 +205,7 @@ def _stride(tokens: int) -> int:
 
 
 @jit
-def _together(x, inverse, N, x_b, x_h, x_n, eps, H: tl.constexpr, D: tl.constexpr, WP: tl.constexpr):
+def _norm_of_heads(x, inverse, N, x_b, x_h, x_n, eps, H: tl.constexpr, D: tl.constexpr, WP: tl.constexpr):
     """One over the root mean square of a token's heads together, float32 [B, N]."""
     n, b, i = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.arange(0, WP)
     at = x + b * x_b + n * x_n + i // D * x_h + i % D
@@ -214,7 +214,7 @@ def _together(x, inverse, N, x_b, x_h, x_n, eps, H: tl.constexpr, D: tl.constexp
 
 
 @jit
-def _center(
+def _center_of_keys(
     k,
     norm,
     bias,
@@ -256,7 +256,7 @@ def _center(
 
 
 @jit
-def _largest(v, most, H, N, v_b, v_h, v_n, BT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+def _largest_values(v, most, H, N, v_b, v_h, v_n, BT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """The largest magnitude of each channel, into `most`, which is zeros. NaN passes: it stays one in FP8."""
     head, d = tl.program_id(0), tl.arange(0, DP)
     v_head = v + (head // H).to(tl.int64) * v_b + (head % H).to(tl.int64) * v_h
@@ -270,7 +270,7 @@ def _largest(v, most, H, N, v_b, v_h, v_n, BT: tl.constexpr, D: tl.constexpr, DP
 
 
 @jit
-def _pack(
+def _pack_heads(
     q,
     k,
     v,
@@ -493,10 +493,10 @@ def launch(
         inverse_q, inverse_k = torch.empty(2, batch, count, dtype=torch.float32, device=q.device)
         wide = {"H": heads, "D": size, "WP": triton.next_power_of_2(heads * size)}
         for x, inverse in ((q, inverse_q), (k, inverse_k)):
-            _together[(count, batch)](x, inverse, count, *x.stride()[:3], eps, **wide)
+            _norm_of_heads[(count, batch)](x, inverse, count, *x.stride()[:3], eps, **wide)
     all_heads, blocks = batch * heads, outputs[3].shape[2]
     place = (heads, count, first, rotated, eps)
-    _center[(all_heads,)](
+    _center_of_keys[(all_heads,)](
         k,
         norm_k,
         bias_k,
@@ -512,8 +512,8 @@ def launch(
         BT=64,
         **sizes,
     )
-    _largest[(all_heads, triton.cdiv(count, 512))](v, most, heads, count, *v.stride()[:3], BT=128, **sizes)
-    _pack[(all_heads, blocks, 3)](
+    _largest_values[(all_heads, triton.cdiv(count, 512))](v, most, heads, count, *v.stride()[:3], BT=128, **sizes)
+    _pack_heads[(all_heads, blocks, 3)](
         q,
         k,
         v,

@@ -70,7 +70,7 @@ def on_cpu(x: Tensor, center: Tensor | None, share: int) -> tuple[Tensor, Tensor
 
 
 @jit
-def _kernel(
+def _quantize_heads(
     x,
     center,
     q,
@@ -119,7 +119,7 @@ def launch(x: Tensor, center: Tensor | None, share: int) -> tuple[Tensor, Tensor
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(batch, heads, triton.cdiv(tokens, share), dtype=torch.float32, device=x.device)
     block = max(64, share)
-    _kernel[(triton.cdiv(tokens, block), batch * heads)](
+    _quantize_heads[(triton.cdiv(tokens, block), batch * heads)](
         x,
         None if center is None else center.contiguous(),
         q,

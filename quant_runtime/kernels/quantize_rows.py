@@ -92,7 +92,7 @@ def round_chunk(real: Tensor, bits: int, q: Tensor, scale: Tensor) -> None:
 
 
 @jit
-def _kernel(x, factor, q, scale, K, top, TINY: tl.constexpr, FACTOR: tl.constexpr, BK: tl.constexpr):
+def _quantize_rows(x, factor, q, scale, K, top, TINY: tl.constexpr, FACTOR: tl.constexpr, BK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)  # 64 bits: M * K passes 2**31 on long videos
     most, broken = 0.0, 0.0
     for start in range(0, K, BK):
@@ -141,7 +141,7 @@ def launch(x: Tensor, bits: int, factor: Tensor | None, dtype: torch.dtype = tor
     q = torch.empty(m, k, dtype=dtype, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     block, most = min(triton.next_power_of_2(k), 4096), top(bits, dtype)
-    _kernel[(m,)](x.contiguous(), factor, q, scale, k, most, TINY=TINY, FACTOR=factor is not None, BK=block)
+    _quantize_rows[(m,)](x.contiguous(), factor, q, scale, k, most, TINY=TINY, FACTOR=factor is not None, BK=block)
     return q, scale
 
 

@@ -186,7 +186,7 @@ def _differs(
 
 
 @jit
-def _differences(
+def _residual_differences(
     lost,
     values,
     scale,
@@ -250,7 +250,7 @@ def _keep(values, scale, real, head, b, h, n, N, H, d, W, KEPT8: tl.constexpr, T
 
 
 @jit
-def _entry(
+def _residual_entry(
     lost,
     values,
     scale,
@@ -307,7 +307,7 @@ def launch_differences(
     splits = max(1, min(triton.cdiv(2 * processors(lost.device), every), triton.cdiv(tokens, TILE)))
     grams = torch.empty(every, splits, size, size, dtype=torch.float32, device=lost.device)
     squares = torch.empty(every, splits, 2, dtype=torch.float32, device=lost.device)
-    _differences[(every, splits)](
+    _residual_differences[(every, splits)](
         *_operands(lost, values, scale, left, left_scale, right, added),
         grams,
         squares,
@@ -336,7 +336,7 @@ def launch_entry(
     batch, heads, tokens, size = lost.shape
     rank = vectors.shape[3]
     answers = _empty(lost, rank, bits)
-    _entry[(triton.cdiv(tokens, TILE), batch * heads)](
+    _residual_entry[(triton.cdiv(tokens, TILE), batch * heads)](
         *_operands(lost, values, scale, left, left_scale, right, added),
         vectors.contiguous(),
         adds,

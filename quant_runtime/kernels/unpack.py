@@ -115,7 +115,7 @@ def _fields(words: Tensor, start: int, width: int, span: int) -> Tensor:
 
 
 @jit
-def _kernel(packed, w, K, UNIT, BITS: tl.constexpr, NARROWEST: tl.constexpr, BJ: tl.constexpr):
+def _unpack(packed, w, K, UNIT, BITS: tl.constexpr, NARROWEST: tl.constexpr, BJ: tl.constexpr):
     """A row is 8 / NARROWEST parts of UNIT weights; this makes column block j of all its parts."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, 8 // NARROWEST)[:, None]
@@ -153,7 +153,7 @@ def launch(packed: Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.in
     w = torch.empty(n, inputs, dtype=dtype, device=packed.device)
     block = min(triton.next_power_of_2(unit), 512 * narrowest)  # of 8 / narrowest parts: 4096 weights at most
     grid = (n, triton.cdiv(unit, block))
-    _kernel[grid](packed.contiguous(), w, inputs, unit, BITS=bits, NARROWEST=narrowest, BJ=block)
+    _unpack[grid](packed.contiguous(), w, inputs, unit, BITS=bits, NARROWEST=narrowest, BJ=block)
     return w
 
 

@@ -40,7 +40,7 @@ def trace(scenes: Scenes, size: int, pyramid: Tensor, samples: int) -> tuple[Ten
     depth = torch.empty(count, views, size, size, device=pyramid.device)
     block = 128
     grid = (triton.cdiv(size * size, block), count * views)
-    _kernel[grid](
+    _trace[grid](
         scenes.centre.contiguous(),
         scenes.half.contiguous(),
         scenes.turn.contiguous(),
@@ -150,7 +150,7 @@ def _lit(own, other, stripes, ground, on_ground, photo, weight, light):
 
 
 @triton.jit
-def _kernel(
+def _trace(
     centre, half, turn, materials, blobs, blob_edge, waves, amplitude, room, sun, extrinsics, fov, gain,
     pyramid, images, depth, size, views, samples, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -112,8 +112,8 @@ def test_what_triton_compiles_is_counted(monkeypatch):
     machine._watch_compiles()
     spent = count(metrics.kernel_compile_seconds, "miss")
     for tell in compiles._told:
-        tell(Compile("_kernel", 1.5, cached=False))
-        tell(Compile("_kernel", 0.01, cached=True))
+        tell(Compile("_quantize_rows", 1.5, cached=False))
+        tell(Compile("_quantize_rows", 0.01, cached=True))
     assert [count(metrics.kernels_compiled, cache) for cache in ("miss", "hit")] == [n + 1 for n in before]
     assert count(metrics.kernel_compile_seconds, "miss") == spent + 1.5
     machine._watch_compiles.cache_clear()
