@@ -89,7 +89,7 @@ def test_what_is_needed_is_tested_and_nothing_else_and_passes(plan, ops, device)
     report = run(pieces(replace(NEEDS, plan=plan), device), device)
     assert report.failures == {}
     assert report.verdict == "passed"
-    linear = {"quantize_rows", "hadamard_quantize", "linear_w8a8", "linear_w4a8", "unpack"}
+    linear = {"quantize_rows", "hadamard_quantize", "linear_w8a8", "linear_packed", "unpack"}
     assert {line.op for line in report.lines} == linear | ops
     assert all(line.version == line.own and line.cases >= 2 for line in report.lines)
     assert not any(line.error.found > line.error.allowed for line in report.lines)
