@@ -64,18 +64,20 @@ __device__ __forceinline__ u32 four(const float *x, float by) {
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 16 / TILES) hadamard_quantize_sm90(
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) hadamard_quantize_sm90(
     const char *x, const signed char *signs, const float *factor, char *q, float *scale, int M, float top, float tiny,
     float shrink) {
   extern __shared__ char memory[];
   uint4 *own = (uint4 *)memory + threadIdx.x;       // [8][THREADS]
-  float *turned = (float *)memory + 32 * THREADS;  // [64][THREADS], where two warps turn together
-  int *most = (int *)(turned + (B > TILE ? 64 * THREADS : 0));  // [3][ROWS]
+  float *turned = (float *)memory + 32 * THREADS;  // [32][THREADS], where two warps turn together
+  int *most = (int *)(turned + (B > TILE ? 32 * THREADS : 0));  // [3][ROWS]
 
   const int lane = threadIdx.x % 32, t = lane % 4, at = threadIdx.x / 32 * TILE + lane / 4 * 256;  // in ROWS rows
   const int row = at / K, column = at % K + 8 * t;
   const bool there = row < ROWS;
   auto place = [](int h, int s) { return 128 * h + 32 * s; };
+  const int second = threadIdx.x / 32 % 2, to_column = B > TILE ? column - second * (TILE - 128) : column;
+  auto to_place = [](int h, int s) { return (B > TILE ? TILE : 128) * h + 32 * s; };
 
   u32 h16[2][2];  // [answers 2u, 2u + 1 of four][inputs 0, 1 and 2, 3 of four], of thread g / 2 and of this one
 #pragma unroll
@@ -169,19 +171,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / TILES) hadamard_quant
 #pragma unroll
       for (int i = 0; i < 64; ++i) flat[i] = fmaf(flat[i], sign, __shfl_xor_sync(~0u, flat[i], far));
     }
-    if (B > TILE) {
-      const float sign = threadIdx.x & 32 ? -1.0f : 1.0f;
+    if (B > TILE) {  // block 2g + `second` of both tiles comes to this thread, 2g + 1 - `second` goes to the other one's
 #pragma unroll
-      for (int i = 0; i < 64; ++i) turned[i * THREADS + threadIdx.x] = flat[i];
-      __syncthreads();
+      for (int i = 0; i < 32; ++i) turned[i * THREADS + threadIdx.x] = second ? flat[i] : flat[i + 32];
+      asm volatile("bar.sync %0, 64;" ::"r"(threadIdx.x / 64 + 1) : "memory");
 #pragma unroll
-      for (int i = 0; i < 64; ++i) flat[i] = fmaf(flat[i], sign, turned[i * THREADS + (threadIdx.x ^ 32)]);
+      for (int i = 0; i < 32; ++i) {
+        const float mine = second ? flat[i + 32] : flat[i], its = turned[i * THREADS + (threadIdx.x ^ 32)];
+        flat[i] = mine + its;
+        flat[i + 32] = second ? its - mine : mine - its;
+      }
     }
 #if FACTOR
     if (there) {
 #pragma unroll
       for (int i = 0; i < 64; i += 4) {
-        const float4 by = *(const float4 *)(factor + column + place(i / 32, i / 8 % 4) + i % 8);
+        const float4 by = *(const float4 *)(factor + to_column + to_place(i / 32, i / 8 % 4) + i % 8);
         flat[i] *= by.x;
         flat[i + 1] *= by.y;
         flat[i + 2] *= by.z;
@@ -202,10 +207,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 16 / TILES) hadamard_quant
     if (there && first + row < M) {
       const float its = larger(__int_as_float(here[row]) * shrink, tiny) / top, by = 1.0f / its * shrink;
       if (column == 0) scale[first + row] = its;
-      char *to = q + (i64)(first + row) * K + column;
+      char *to = q + (i64)(first + row) * K + to_column;
 #pragma unroll
       for (int i = 0; i < 8; ++i)
-        __stcs((uint2 *)(to + place(i / 4, i % 4)), make_uint2(four(flat + 8 * i, by), four(flat + 8 * i + 4, by)));
+        __stcs((uint2 *)(to + to_place(i / 4, i % 4)), make_uint2(four(flat + 8 * i, by), four(flat + 8 * i + 4, by)));
     }
   }
 }

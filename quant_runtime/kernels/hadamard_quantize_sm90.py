@@ -37,16 +37,22 @@ def launch(
     rows = next((r for r in (1, 2, 4, 8) if r * k % TILE == 0 and r * k <= MOST_TILES * TILE), 1)
     tiles = -(-rows * k // TILE)
     kernel = _kernel(x.device, k, block, rows, tiles, KINDS[x.dtype], factor is not None, q.dtype != torch.int8)
-    programs = min(MOST_TILES // tiles * processors(x.device), -(-m // rows))
+    programs = min(_programs(tiles) * processors(x.device), -(-m // rows))
     kernel(programs, 32 * tiles, x, signs, factor, q, scale, m, top, tiny, 1 / math.sqrt(block))
+
+
+def _programs(tiles: int) -> int:
+    """Of a processor."""
+    return MOST_TILES // tiles
 
 
 @functools.cache
 def _kernel(
     device: torch.device, k: int, block: int, rows: int, tiles: int, half: int, factor: bool, fp8: bool
 ) -> _cuda.Kernel:
-    shared = 32 * tiles * (128 + (256 if block > TILE else 0)) + 12 * rows
+    shared = 32 * tiles * (128 + (128 if block > TILE else 0)) + 12 * rows
     defines = (
         ("K", k), ("B", block), ("ROWS", rows), ("HALF", half), ("FACTOR", int(factor)), ("FP8", int(fp8)),
+        ("PROGRAMS", _programs(tiles)),
     )  # fmt: skip
     return _cuda.Kernel("hadamard_quantize_sm90.cu", "hadamard_quantize_sm90", shared, defines)

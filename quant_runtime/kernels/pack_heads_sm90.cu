@@ -30,7 +30,7 @@ struct Work {
 
 __device__ __forceinline__ u32 address_of(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
-// 16 bytes, or zeros.
+// 16 bytes, or zeros: then nothing is read, whatever `from` is.
 __device__ __forceinline__ void bring(u32 to, const void *from, bool inside, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
                "r"(inside ? 16 : 0), "l"(policy) : "memory");
@@ -108,8 +108,26 @@ __device__ __forceinline__ void wait_until(const int *counter, int many) {
   while (seen < many);
 }
 
-__device__ __forceinline__ float4 fresh(const float *at) {  // past the first-level cache, which knows no other processor
-  return __ldcg((const float4 *)at);
+// m / 127, rounded once, of an m that is not infinite.
+__device__ __forceinline__ float in_steps(float m) {
+  const float near = m * (1.0f / TOP);
+  return fmaf(fmaf(-near, TOP, m), 1.0f / TOP, near);
+}
+
+__device__ __forceinline__ float inverse(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// n / d, where reciprocal is 2**32 / d, rounded up, and n * d is below 2**32.
+__device__ __forceinline__ int divided(int n, i64 reciprocal) { return (int)((u64)n * (u64)reciprocal >> 32); }
+
+// Channels of a token lie in shared memory such that what its threads read together lies together: the first four of
+// each thread, the next four, and the same of the second half.
+__device__ __forceinline__ int channel_of(int place) {
+  const int quarter = place / (D / 4), c = place % (D / 4) / 4;
+  return quarter / 2 * (D / 2) + c * 8 + quarter % 2 * 4 + place % 4;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
@@ -118,17 +136,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     const char *cos, const char *sin, const int *tokens, char *q_out, float *q_scale, char *k_out, float *k_scale,
     char *v_out, float *v_scale, float *q_means, float *k_means, float *q_alike, float *k_alike, float *parts,
     float *center, int *most, int *counters, int all_heads, int H, int N, int blocks, int first, int R, int stride,
-    int samples, int meanwhile, float eps, float tiny, float nothing, i64 q_b, i64 q_h, i64 q_n, i64 k_b, i64 k_h,
-    i64 k_n, i64 v_b, i64 v_h, i64 v_n, i64 tokens_b, i64 tokens_h) {
+    int samples, int meanwhile, float eps, float tiny, float nothing, i64 by_all_heads, i64 by_heads, i64 q_b, i64 q_h,
+    i64 q_n, i64 k_b, i64 k_h, i64 k_n, i64 v_b, i64 v_h, i64 v_n, i64 tokens_b, i64 tokens_h) {
   extern __shared__ char memory[];
   uint4 *own = (uint4 *)memory + threadIdx.x;             // [SLOTS][THREADS]
   float *sums = (float *)(memory + SLOTS * THREADS * 16);  // [2][AT_ONCE][D]: of tokens, of their directions
   u32 *tile = (u32 *)sums;                                 // [D][32]: v, four tokens a word
-  float *operands = sums + 2 * AT_ONCE * D;                // [4][D]: norm, other, bias, center; of v 1 / scale
-  u32 *largest = (u32 *)(operands + 4 * D);                // [WARPS]
+  float *weights = sums + 2 * AT_ONCE * D;                 // [q, k][norm, other, bias][D]
+  float *operands = weights + 6 * D;                       // [D]: a head's center, or 1 / the scales of its values
+  u32 *largest = (u32 *)(operands + D);                    // [WARPS]
+  int *centered = counters, *most_of = counters + all_heads, *all_centered = most_of + all_heads;
 
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, c = lane % LANES;
-  const int centers = (samples + BT - 1) / BT, total = all_heads * (centers + 4 * blocks);
+  const int centers = (samples + BT - 1) / BT;
   u64 once, again;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
 #if KEEP == 2
@@ -137,24 +157,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(again));
 #endif
 
-  auto work_at = [&](int i) -> Work {
-    if (i < all_heads * centers) return {CENTER, i / centers, i % centers};
-    i -= all_heads * centers;
-    const int head = i / (4 * blocks);
-    i -= head * 4 * blocks;
-    if (i < blocks) return {MOST, head, i};
-    i -= blocks;
-    if (i >= meanwhile && i < meanwhile + blocks) return {VALUES, head, blocks - 1 - (i - meanwhile)};
-    if (i >= meanwhile) i -= blocks;
-    i += head * 2 * blocks;
-    return {i % 2 ? KEYS : QUERIES, i / 2 % all_heads, i / 2 / all_heads};
+  int phase = 0, place = (int)blockIdx.x - all_heads * centers;  // of the next piece: in which head of v, and where
+  auto step_on = [&] {
+    while (place >= 4 * blocks) place -= 4 * blocks, ++phase;
   };
-  auto token_at = [&](const Work &w, int place) -> int {
-    if (w.kind == CENTER) return place * stride;
+  auto work_there = [&]() -> Work {
+    if (place < 0) {
+      const int i = place + all_heads * centers;
+      return {CENTER, i / centers, i % centers};
+    }
+    int i = place;
+    if (i < blocks) return {MOST, phase, i};
+    i -= blocks;
+    if (i >= meanwhile && i < meanwhile + blocks) return {VALUES, phase, blocks - 1 - (i - meanwhile)};
+    if (i >= meanwhile) i -= blocks;
+    i += phase * 2 * blocks;
+    const int block = divided(i / 2, by_all_heads);
+    return {i % 2 ? KEYS : QUERIES, i / 2 - block * all_heads, block};
+  };
+  auto token_at = [&](const Work &w, int at) -> int {
+    if (w.kind == CENTER) return at * stride;
 #if TOKENS
-    if (w.kind != MOST && place < N) return tokens[w.head / H * tokens_b + w.head % H * tokens_h + place];
+    if (w.kind != MOST && at < N) {
+      const int b = divided(w.head, by_heads);
+      return tokens[b * tokens_b + (w.head - b * H) * tokens_h + at];
+    }
 #endif
-    return place;
+    return at;
   };
   auto row_of_step = [&](int s) { return s * AT_ONCE + tid / LANES; };
 
@@ -163,43 +192,68 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     const char *base = of_v ? v : w.kind == QUERIES ? q : k;
     const i64 its_b = of_v ? v_b : w.kind == QUERIES ? q_b : k_b, its_h = of_v ? v_h : w.kind == QUERIES ? q_h : k_h,
               its_n = of_v ? v_n : w.kind == QUERIES ? q_n : k_n;
-    base += 2 * (w.head / H * its_b + w.head % H * its_h);
+    const int b = divided(w.head, by_heads);
+    base += 2 * (b * its_b + (w.head - b * H) * its_h);
+    const u64 policy = w.kind == MOST ? again : once;
     const u32 to = address_of(own);
-    auto one = [&](int slot, int row, int channel) {
-      const int n = token_at(w, w.block * BT + row);
-      const bool inside = n < N;
-      bring(to + slot * THREADS * 16, base + (inside ? 2 * (n * its_n + channel) : 0), inside,
-            w.kind == MOST ? again : once);
+    const i64 unit = 2 * its_n * (w.kind == CENTER ? stride : 1);
+    const int before = w.block * BT, left = (w.kind == CENTER ? samples : N) - before;
+    auto one = [&](int slot, int row, int further, int channel) {  // of token row + further of the block
+#if TOKENS
+      const int n = token_at(w, before + row + further);
+      const char *from = base + 2 * ((n < N ? n : 0) * its_n + channel);
+#else
+      const char *from = base + (before + row) * unit + 2 * channel + further * unit;
+#endif
+      bring(to + slot * THREADS * 16, from, row + further < left, policy);
     };
     if (w.kind == VALUES) {
 #pragma unroll
       for (int round = 0; round < V_ROUNDS; ++round) {
-        const int task = warp + round * WARPS, t = lane / 8;
-        if (V_TASKS % WARPS && task >= V_TASKS) break;
+        if (V_TASKS % WARPS && warp >= V_TASKS) break;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          one(4 * round + i, task / (D / 64) * 16 + 2 * t + i % 2 + i / 2 * 8, task % (D / 64) * 64 + lane % 8 * 8);
+          one(4 * round + i, warp / (D / 64) * 16 + lane / 8 * 2, round * WARPS / (D / 64) * 16 + i % 2 + i / 2 * 8,
+              warp % (D / 64) * 64 + lane % 8 * 8);
       }
     } else if (w.kind == MOST) {
 #pragma unroll
-      for (int i = 0; i < 2 * STEPS; ++i) one(i, i * (THREADS / PIECES) + tid / PIECES, tid % PIECES * 8);
+      for (int i = 0; i < 2 * STEPS; ++i) one(i, tid / PIECES, i * (THREADS / PIECES), tid % PIECES * 8);
     } else {
 #pragma unroll
       for (int s = 0; s < STEPS; ++s) {
-        one(2 * s, row_of_step(s), c * 8);
-        one(2 * s + 1, row_of_step(s), D / 2 + c * 8);
+        one(2 * s, row_of_step(0), s * AT_ONCE, c * 8);
+        one(2 * s + 1, row_of_step(0), s * AT_ONCE, D / 2 + c * 8);
       }
     }
   };
 
+#if NORM && NORM != 2
+  if (tid < D) {
+    for (int of_k = 0; of_k < 2; ++of_k) {
+      weights[of_k * 3 * D + tid] = (of_k ? norm_k : norm_q)[channel_of(tid)];
+#if OTHER
+      weights[(of_k * 3 + 1) * D + tid] = (of_k ? other_k : other_q)[channel_of(tid)];
+#endif
+#if NORM == 3
+      weights[(of_k * 3 + 2) * D + tid] = (of_k ? bias_k : bias_q)[channel_of(tid)];
+#endif
+    }
+  }
+#endif
+  bool centers_known = false;
+  int most_known = -1;  // the last head of v whose largest values are known to be complete
+  step_on();
   Work next = {};
-  if (blockIdx.x < total) fetch(next = work_at(blockIdx.x));
-  for (int i = blockIdx.x; i < total; i += gridDim.x) {
+  if (phase < all_heads) fetch(next = work_there());
+  while (phase < all_heads) {
     const Work w = next;
     const int held = min(N - w.block * BT, BT);
     const i64 blocks_before = (i64)w.head * blocks + w.block, P = (i64)blocks * BT;
     auto go_on = [&] {  // what this thread has of the piece lies in registers
-      if (i + (int)gridDim.x < total) fetch(next = work_at(i + gridDim.x));
+      place += gridDim.x;
+      step_on();
+      if (phase < all_heads) fetch(next = work_there());
     };
     wait_for_own();
 
@@ -227,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
         atomicMax(most + w.head * D + 2 * tid + 1, __float_as_int(high));
         __threadfence();
         asm volatile("bar.sync 1, %0;" ::"n"(D / 2) : "memory");
-        if (tid == 0) atomicAdd(counters + all_heads + w.head, 1);
+        if (tid == 0) atomicAdd(most_of + w.head, 1);
       }
       continue;
     }
@@ -238,26 +292,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
       for (int s = 0; s < 4 * V_ROUNDS; ++s) raw[s] = own[s * THREADS];
       go_on();
       if (tid < D) {
-        wait_until(counters + all_heads + w.head, blocks);
+        if (most_known != w.head) wait_until(most_of + w.head, blocks);
         const float scale = fmaxf(__int_as_float(__ldcg(most + w.head * D + tid)), tiny) / FP8_TOP;
         operands[tid] = 1.0f / scale;
         if (w.block == 0) v_scale[w.head * D + tid] = scale;
       }
+      most_known = w.head;
       __syncthreads();
 #pragma unroll
       for (int round = 0; round < V_ROUNDS; ++round) {
         const int task = warp + round * WARPS, t = lane / 8, word = task / (D / 64) * 4 + t;
         if (V_TASKS % WARPS && task >= V_TASKS) break;
         const int channel = task % (D / 64) * 64 + lane % 8 * 8;
-        float x[4][8];
+        float x[4][8], by[8];
+        *(float4 *)by = *(const float4 *)(operands + channel);
+        *(float4 *)(by + 4) = *(const float4 *)(operands + channel + 4);
 #pragma unroll
         for (int n = 0; n < 4; ++n) floats(raw[4 * round + n], x[n]);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float by = operands[channel + j];
+        for (int j = 0; j < 8; ++j)
           tile[(channel + j) * 32 + (word ^ 4 * (lane % 8))] =
-              four_e4m3(x[0][j] * by, x[1][j] * by, x[2][j] * by, x[3][j] * by);
-        }
+              four_e4m3(x[0][j] * by[j], x[1][j] * by[j], x[2][j] * by[j], x[3][j] * by[j]);
       }
       __syncthreads();
 #pragma unroll
@@ -269,109 +324,133 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
       continue;
     }
 
-    float x[STEPS][OWN];
+    const bool queries = w.kind == QUERIES;
+    uint4 raw[2 * STEPS];
+#pragma unroll
+    for (int s = 0; s < 2 * STEPS; ++s) raw[s] = own[s * THREADS];
+    int n[STEPS];
+    bool turns[STEPS];
+#if ROPE == 1
+    uint2 angles[STEPS][2][2];  // of each half, cos and sin
+#endif
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
-      floats(own[2 * s * THREADS], x[s]);
-      floats(own[(2 * s + 1) * THREADS], x[s] + 8);
+      n[s] = token_at(w, w.block * BT + row_of_step(s));
+      turns[s] = ROPE && n[s] >= first && n[s] < first + R;
+#if ROPE == 1
+      const int at = (n[s] - first) * (D / 8) + c;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        angles[s][half][0] = turns[s] ? __ldg((const uint2 *)cos + at + half * (D / 16)) : make_uint2(0x3C003C00, 0x3C003C00);
+        angles[s][half][1] = turns[s] ? __ldg((const uint2 *)sin + at + half * (D / 16)) : make_uint2(0, 0);
+      }
+#endif
     }
     go_on();
-    const bool queries = w.kind == QUERIES;
     if (tid < D) {
-#if NORM
-      operands[tid] = (queries ? norm_q : norm_k)[(NORM == 2 ? w.head % H * D : 0) + tid];
-#endif
-#if OTHER
-      operands[D + tid] = (queries ? other_q : other_k)[tid];
-#endif
-#if NORM == 3
-      operands[2 * D + tid] = (queries ? bias_q : bias_k)[tid];
+#if NORM == 2
+      const int b = divided(w.head, by_heads);
+      weights[(queries ? 0 : 3 * D) + tid] = __ldg((queries ? norm_q : norm_k) + (w.head - b * H) * D + channel_of(tid));
 #endif
       if (w.kind == KEYS) {
-        wait_until(counters + w.head, centers + 1);
-        operands[3 * D + tid] = __ldcg(center + w.head * D + tid);
+        if (!centers_known) wait_until(all_centered, all_heads);
+        operands[tid] = __ldcg(center + w.head * D + channel_of(tid));
       }
     }
+    centers_known |= w.kind == KEYS;
     __syncthreads();
 
+    float x[STEPS][OWN], by[STEPS];  // a token is by * x
+    auto shared_of_own = [&](const float *from, float *to) {
+#pragma unroll
+      for (int j = 0; j < OWN; j += 4) *(float4 *)(to + j) = *(const float4 *)(from + j * (D / 16) + c * 4);
+    };
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
-      const int n = token_at(w, w.block * BT + row_of_step(s));
-      const bool turns = ROPE && n >= first && n < first + R;
-#if NORM == 1 || NORM == 3
-      float shift = 0.0f, square = 0.0f;
+      floats(raw[2 * s], x[s]);
+      floats(raw[2 * s + 1], x[s] + 8);
+      by[s] = 1.0f;
 #if NORM == 3
+      float shift = 0.0f;
 #pragma unroll
       for (int j = 0; j < OWN; ++j) shift += x[s][j];
       shift = of_token(shift) / D;
-#endif
 #pragma unroll
-      for (int j = 0; j < OWN; ++j) {
-        x[s][j] -= shift;
-        square = fmaf(x[s][j], x[s][j], square);
-      }
-      const float by = inverse_root(of_token(square) / D + eps);
+      for (int j = 0; j < OWN; ++j) x[s][j] -= shift;
+#endif
+#if NORM == 1 || NORM == 3
+      float square = 0.0f;
+#pragma unroll
+      for (int j = 0; j < OWN; ++j) square = fmaf(x[s][j], x[s][j], square);
+      by[s] = inverse_root(of_token(square) / D + eps);
 #elif NORM == 2
-      const float by = n < N ? (queries ? inverse_q : inverse_k)[w.head / H * N + n] : 0.0f;
+      by[s] = n[s] < N ? __ldg((queries ? inverse_q : inverse_k) + divided(w.head, by_heads) * N + n[s]) : 0.0f;
 #endif
 #if NORM
-      const float *weights = operands + (OTHER && !turns ? D : 0) + c * 8;
-#pragma unroll
-      for (int j = 0; j < OWN; ++j) x[s][j] *= by * weights[j % 8 + j / 8 * (D / 2)];
+      float weight[OWN];
+      shared_of_own(weights + (queries ? 0 : 3 * D) + (OTHER && !turns[s] ? D : 0), weight);
 #endif
 #if NORM == 3
+      float bias[OWN];
+      shared_of_own(weights + (queries ? 2 : 5) * D, bias);
 #pragma unroll
-      for (int j = 0; j < OWN; ++j)
-        x[s][j] = n < N ? x[s][j] + operands[2 * D + c * 8 + j % 8 + j / 8 * (D / 2)] : 0.0f;
+      for (int j = 0; j < OWN; ++j) x[s][j] = n[s] < N ? fmaf(x[s][j], by[s] * weight[j], bias[j]) : 0.0f;
+      by[s] = 1.0f;
+#elif NORM
+#pragma unroll
+      for (int j = 0; j < OWN; ++j) x[s][j] *= weight[j];
 #endif
 #if ROPE
-      if (turns) {
-        const int at = (n - first) * (D / 2) + c * 4;
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          float co[4], si[4];
+      for (int half = 0; half < 2; ++half) {
+        float co[4] = {1.0f, 1.0f, 1.0f, 1.0f}, si[4] = {};
 #if ROPE == 1
-          const uint2 a = ((const uint2 *)cos)[at / 4 + part * (D / 16)], b = ((const uint2 *)sin)[at / 4 + part * (D / 16)];
-          half_floats(a.x, co[0], co[1]);
-          half_floats(a.y, co[2], co[3]);
-          half_floats(b.x, si[0], si[1]);
-          half_floats(b.y, si[2], si[3]);
+        half_floats(angles[s][half][0].x, co[0], co[1]);
+        half_floats(angles[s][half][0].y, co[2], co[3]);
+        half_floats(angles[s][half][1].x, si[0], si[1]);
+        half_floats(angles[s][half][1].y, si[2], si[3]);
 #else
-          *(float4 *)co = ((const float4 *)cos)[at / 4 + part * (D / 16)];
-          *(float4 *)si = ((const float4 *)sin)[at / 4 + part * (D / 16)];
+        if (turns[s]) {
+          const int at = (n[s] - first) * (D / 8) + c + half * (D / 16);
+          *(float4 *)co = __ldg((const float4 *)cos + at);
+          *(float4 *)si = __ldg((const float4 *)sin + at);
+        }
 #endif
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            float &even = x[s][part * 8 + 2 * j], &odd = x[s][part * 8 + 2 * j + 1];
-            const float was = even;
-            even = even * co[j] - odd * si[j];
-            odd = odd * co[j] + was * si[j];
-          }
+        for (int j = 0; j < 4; ++j) {
+          float &even = x[s][half * 8 + 2 * j], &odd = x[s][half * 8 + 2 * j + 1];
+          const float was = even;
+          even = even * co[j] - odd * si[j];
+          odd = odd * co[j] + was * si[j];
         }
       }
 #endif
     }
 
-    float *mine = sums + tid / LANES * D + c * 8;
-    float added[OWN];
+    // The sums over this thread's tokens, each times its factor.
+    auto add_up = [&](int which, const float (&factor)[STEPS]) {
+      float added[OWN];
 #pragma unroll
-    for (int j = 0; j < OWN; ++j) {
-      added[j] = x[0][j];
+      for (int j = 0; j < OWN; ++j) {
+        added[j] = x[0][j] * factor[0];
 #pragma unroll
-      for (int s = 1; s < STEPS; ++s) added[j] += x[s][j];
-    }
+        for (int s = 1; s < STEPS; ++s) added[j] = fmaf(x[s][j], factor[s], added[j]);
+      }
+      float *to = sums + (which * AT_ONCE + tid / LANES) * D + c * 4;
 #pragma unroll
-    for (int j = 0; j < OWN; j += 4) *(float4 *)(mine + j % 8 + j / 8 * (D / 2)) = *(float4 *)(added + j);
+      for (int j = 0; j < OWN; j += 4) *(float4 *)(to + j * (D / 16)) = *(float4 *)(added + j);
+    };
+    add_up(0, by);
 
     if (w.kind == CENTER) {
       __syncthreads();
       if (tid < D) {
         float sum = 0.0f;
         for (int row = 0; row < AT_ONCE; ++row) sum += sums[row * D + tid];
-        parts[(w.head * centers + w.block) * D + tid] = sum;
+        parts[(w.head * centers + w.block) * D + channel_of(tid)] = sum;
         __threadfence();
         asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");
-        if (tid == 0) largest[0] = atomicAdd(counters + w.head, 1);
+        if (tid == 0) largest[0] = atomicAdd(centered + w.head, 1);
         asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");
         if (largest[0] == centers - 1) {  // the last of the head
           __threadfence();
@@ -380,89 +459,104 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
           center[w.head * D + tid] = all / samples;
           __threadfence();
           asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");
-          if (tid == 0) atomicAdd(counters + w.head, 1);
+          if (tid == 0) atomicAdd(all_centered, 1);
         }
       }
       __syncthreads();
       continue;
     }
 
-    float most_own = 0.0f;
-    float toward[STEPS];
+    float square[STEPS], most_own[STEPS];
+    auto measure = [&] {
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) {
-      const int row = row_of_step(s);
-      if (!queries) {
+      for (int s = 0; s < STEPS; ++s) {
+        square[s] = most_own[s] = 0.0f;
 #pragma unroll
-        for (int j = 0; j < OWN; ++j)
-          x[s][j] = row < held ? x[s][j] - operands[3 * D + c * 8 + j % 8 + j / 8 * (D / 2)] : 0.0f;
+        for (int j = 0; j < OWN; ++j) {
+          square[s] = fmaf(x[s][j], x[s][j], square[s]);
+          most_own[s] = larger(most_own[s], fabsf(x[s][j]));
+        }
+        square[s] = of_token(square[s]);
       }
-      float square = 0.0f, most_here = 0.0f;
+    };
+    auto write = [&](char *to, int s, float times) {  // a token's bytes
+      to += c * 8;
+      __stcs((uint2 *)to, make_uint2(four_bytes(x[s], times), four_bytes(x[s] + 4, times)));
+      __stcs((uint2 *)(to + D / 2), make_uint2(four_bytes(x[s] + 8, times), four_bytes(x[s] + 12, times)));
+    };
+    if (queries) {
+      measure();
+      float toward[STEPS];
 #pragma unroll
-      for (int j = 0; j < OWN; ++j) {
-        square = fmaf(x[s][j], x[s][j], square);
-        most_here = larger(most_here, fabsf(x[s][j]));
+      for (int s = 0; s < STEPS; ++s) {
+        toward[s] = by[s] * inverse_root(fmaxf(by[s] * by[s] * square[s], nothing));
+#pragma unroll
+        for (int l = 1; l < LANES; l *= 2) most_own[s] = larger(most_own[s], __shfl_xor_sync(~0u, most_own[s], l));
       }
-      toward[s] = inverse_root(fmaxf(of_token(square), nothing));
-      most_own = larger(most_own, most_here);
-      if (queries) {
+      add_up(1, toward);
 #pragma unroll
-        for (int l = 1; l < LANES; l *= 2) most_here = larger(most_here, __shfl_xor_sync(~0u, most_here, l));
-        const float scale = larger(most_here, tiny) / TOP, by = 1.0f / scale;
+      for (int s = 0; s < STEPS; ++s) {
+        const float scale = in_steps(larger(most_own[s] * by[s], tiny));
+        const int row = row_of_step(s);
         if (row < held) {
           const i64 at = (i64)w.head * N + w.block * BT + row;
           if (c == 0) q_scale[at] = scale;
-          __stcs((uint2 *)(q_out + at * D + c * 8), make_uint2(four_bytes(x[s], by), four_bytes(x[s] + 4, by)));
-          __stcs((uint2 *)(q_out + at * D + D / 2 + c * 8), make_uint2(four_bytes(x[s] + 8, by), four_bytes(x[s] + 12, by)));
+          write(q_out + at * D, s, by[s] * inverse(scale));
         }
       }
-    }
+    } else {
+      float middle[OWN];
+      shared_of_own(operands, middle);
 #pragma unroll
-    for (int j = 0; j < OWN; ++j) {
-      added[j] = x[0][j] * toward[0];
+      for (int s = 0; s < STEPS; ++s)
 #pragma unroll
-      for (int s = 1; s < STEPS; ++s) added[j] = fmaf(x[s][j], toward[s], added[j]);
-    }
+        for (int j = 0; j < OWN; ++j) x[s][j] = fmaf(x[s][j], by[s], -middle[j]);
+      if (held < BT) {
 #pragma unroll
-    for (int j = 0; j < OWN; j += 4)
-      *(float4 *)(mine + AT_ONCE * D + j % 8 + j / 8 * (D / 2)) = *(float4 *)(added + j);
-    if (!queries) {
+        for (int s = 0; s < STEPS; ++s)
+#pragma unroll
+          for (int j = 0; j < OWN; ++j) x[s][j] = row_of_step(s) < held ? x[s][j] : 0.0f;
+      }
+      measure();
+      float toward[STEPS], most_here = 0.0f;
+#pragma unroll
+      for (int s = 0; s < STEPS; ++s) {
+        toward[s] = inverse_root(fmaxf(square[s], nothing));
+        most_here = larger(most_here, most_own[s]);
+      }
+      add_up(1, toward);
       u32 bits;
-      asm("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(bits) : "r"(__float_as_uint(most_own)));
+      asm("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(bits) : "r"(__float_as_uint(most_here)));
       if (lane == 0) largest[warp] = bits;
     }
     __syncthreads();
 
+    if (!queries) {
+      u32 bits = 0;
+#pragma unroll
+      for (int j = 0; j < WARPS; ++j) bits = max(bits, largest[j]);
+      const float scale = in_steps(larger(__uint_as_float(bits), tiny)), times = inverse(scale);
+      if (tid == 0) k_scale[blocks_before] = scale;
+#pragma unroll
+      for (int s = 0; s < STEPS; ++s) write(k_out + (w.head * P + w.block * BT + row_of_step(s)) * D, s, times);
+    }
     if (tid < D) {
       float sum = 0.0f;
 #pragma unroll 8
       for (int row = 0; row < AT_ONCE; ++row) sum += sums[row * D + tid];
-      (queries ? q_means : k_means)[blocks_before * D + tid] = sum / held;
+      (queries ? q_means : k_means)[blocks_before * D + channel_of(tid)] = sum / held;
     }
     if (warp == WARPS - 1) {
-      float sum[D / 32] = {}, square = 0.0f;
+      float sum[D / 32] = {}, together = 0.0f;
 #pragma unroll 8
       for (int row = 0; row < AT_ONCE; ++row)
 #pragma unroll
         for (int j = 0; j < D / 32; ++j) sum[j] += sums[(AT_ONCE + row) * D + j * 32 + lane];
 #pragma unroll
-      for (int j = 0; j < D / 32; ++j) square = fmaf(sum[j] / held, sum[j] / held, square);
+      for (int j = 0; j < D / 32; ++j) together = fmaf(sum[j] / held, sum[j] / held, together);
 #pragma unroll
-      for (int l = 1; l < 32; l *= 2) square += __shfl_xor_sync(~0u, square, l);
-      if (lane == 0) (queries ? q_alike : k_alike)[blocks_before] = square;
-    }
-    if (!queries) {
-      u32 bits = 0;
-#pragma unroll
-      for (int j = 0; j < WARPS; ++j) bits = max(bits, largest[j]);
-      const float scale = larger(__uint_as_float(bits), tiny) / TOP, by = 1.0f / scale;
-      if (tid == 0) k_scale[blocks_before] = scale;
-#pragma unroll
-      for (int s = 0; s < STEPS; ++s) {
-        char *to = k_out + (w.head * P + w.block * BT + row_of_step(s)) * D + c * 8;
-        __stcs((uint2 *)to, make_uint2(four_bytes(x[s], by), four_bytes(x[s] + 4, by)));
-        __stcs((uint2 *)(to + D / 2), make_uint2(four_bytes(x[s] + 8, by), four_bytes(x[s] + 12, by)));
-      }
+      for (int l = 1; l < 32; l *= 2) together += __shfl_xor_sync(~0u, together, l);
+      if (lane == 0) (queries ? q_alike : k_alike)[blocks_before] = together;
     }
   }
 }

@@ -60,7 +60,7 @@ def launch(
     )  # fmt: skip
     parts = torch.empty(all_heads * -(-samples // block) * size, device=q.device)
     center = torch.empty(all_heads * size, device=q.device)
-    known = torch.zeros(all_heads * (size + 2), dtype=torch.int32, device=q.device)  # largest values, then counters
+    known = torch.zeros(all_heads * (size + 2) + 1, dtype=torch.int32, device=q.device)  # largest values, then counters
     programs = min(PROGRAMS * processors(q.device), all_heads * blocks)
     kernel(
         programs,
@@ -90,7 +90,7 @@ def launch(
         eps,
         tiny,
         nothing,
-        [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0) if tokens is None else tokens.stride()[:2])],
+        [-(-(1 << 32) // all_heads), -(-(1 << 32) // heads), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0) if tokens is None else tokens.stride()[:2])],
     )
 
 
@@ -100,7 +100,7 @@ def _kernel(
 ) -> _cuda.Kernel:
     at_once = THREADS * OWN // size
     slots = 2 * max(block // at_once, 2 * -(-block // 16 * size // 64 // (THREADS // 32)))
-    shared = slots * THREADS * 16 + 4 * (2 * at_once * size + 4 * size + THREADS // 32)
+    shared = slots * THREADS * 16 + 4 * (2 * at_once * size + 7 * size + THREADS // 32)
     defines = (
         ("D", size), ("BT", block), ("HALF", half), ("NORM", norm), ("OTHER", int(other)), ("ROPE", rope),
         ("TOKENS", int(tokens)), ("KEEP", KEEP),
