@@ -21,6 +21,7 @@ constexpr int PIECES = D / 8;               // of 16 bytes that a token has
 constexpr int V_TASKS = BT / 16 * (D / 64);  // 16 tokens of 64 channels are a warp's
 constexpr int V_ROUNDS = (V_TASKS + WARPS - 1) / WARPS;
 constexpr int SLOTS = 2 * STEPS > 4 * V_ROUNDS ? 2 * STEPS : 4 * V_ROUNDS;
+constexpr int ANGLES = ROPE == 1 ? 4 * STEPS : 0;  // of 8 bytes that a thread has: in float32 they stay where they are
 constexpr float TOP = 127.0f, FP8_TOP = 448.0f, WHOLE = 12582912.0f;  // 1.5 * 2**23: the lowest bits are the number
 enum Kind { CENTER, MOST, VALUES, QUERIES, KEYS };
 
@@ -34,6 +35,10 @@ __device__ __forceinline__ u32 address_of(const void *p) { return (u32)__cvta_ge
 __device__ __forceinline__ void bring(u32 to, const void *from, bool inside, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
                "r"(inside ? 16 : 0), "l"(policy) : "memory");
+}
+
+__device__ __forceinline__ void bring_8(u32 to, const void *from, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(inside ? 8 : 0) : "memory");
 }
 
 __device__ __forceinline__ void wait_for_own() {
@@ -140,26 +145,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     i64 q_n, i64 k_b, i64 k_h, i64 k_n, i64 v_b, i64 v_h, i64 v_n, i64 tokens_b, i64 tokens_h) {
   extern __shared__ char memory[];
   uint4 *own = (uint4 *)memory + threadIdx.x;             // [SLOTS][THREADS]
-  float *sums = (float *)(memory + SLOTS * THREADS * 16);  // [2][AT_ONCE][D]: of tokens, of their directions
-  u32 *tile = (u32 *)sums;                                 // [D][32]: v, four tokens a word
+  uint2 *angles = (uint2 *)(memory + SLOTS * THREADS * 16) + threadIdx.x;  // [STEPS][halves][cos, sin][THREADS]
+  float *sums = (float *)(memory + SLOTS * THREADS * 16 + ANGLES * THREADS * 8);  // [2][AT_ONCE][D]: tokens, directions
+  u32 *tile = (u32 *)sums;                                                        // [D][32]: v, four tokens a word
   float *weights = sums + 2 * AT_ONCE * D;                 // [q, k][norm, other, bias][D]
-  float *operands = weights + 6 * D;                       // [D]: a head's center, or 1 / the scales of its values
-  u32 *largest = (u32 *)(operands + D);                    // [WARPS]
+  float *middle = weights + 6 * D;                         // [D]: a head's center
+  float *inverses = middle + D;                            // [D]: one over the scales of a head's values
+  u32 *largest = (u32 *)(inverses + D);                    // [WARPS]
   int *centered = counters, *most_of = counters + all_heads, *all_centered = most_of + all_heads;
 
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, c = lane % LANES;
   const int centers = (samples + BT - 1) / BT;
   u64 once, again;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-#if KEEP == 2
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(again));
-#else
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(again));
-#endif
 
   int phase = 0, place = (int)blockIdx.x - all_heads * centers;  // of the next piece: in which head of v, and where
   auto step_on = [&] {
-    while (place >= 4 * blocks) place -= 4 * blocks, ++phase;
+    while (place >= 3 * blocks) place -= 3 * blocks, ++phase;
   };
   auto work_there = [&]() -> Work {
     if (place < 0) {
@@ -171,9 +174,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     i -= blocks;
     if (i >= meanwhile && i < meanwhile + blocks) return {VALUES, phase, blocks - 1 - (i - meanwhile)};
     if (i >= meanwhile) i -= blocks;
-    i += phase * 2 * blocks;
-    const int block = divided(i / 2, by_all_heads);
-    return {i % 2 ? KEYS : QUERIES, i / 2 - block * all_heads, block};
+    i += phase * blocks;
+    const int block = divided(i, by_all_heads);
+    return {QUERIES, i - block * all_heads, block};
   };
   auto token_at = [&](const Work &w, int at) -> int {
     if (w.kind == CENTER) return at * stride;
@@ -187,6 +190,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
   };
   auto row_of_step = [&](int s) { return s * AT_ONCE + tid / LANES; };
 
+  auto rotates = [&](int n) { return ROPE && n >= first && n < first + R; };
+  int next_n[STEPS];  // of the next piece, if it is one of q or k, the tokens that this thread has some of
   auto fetch = [&](const Work &w) {
     const bool of_v = w.kind == MOST || w.kind == VALUES;
     const char *base = of_v ? v : w.kind == QUERIES ? q : k;
@@ -198,32 +203,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     const u32 to = address_of(own);
     const i64 unit = 2 * its_n * (w.kind == CENTER ? stride : 1);
     const int before = w.block * BT, left = (w.kind == CENTER ? samples : N) - before;
-    auto one = [&](int slot, int row, int further, int channel) {  // of token row + further of the block
-#if TOKENS
-      const int n = token_at(w, before + row + further);
-      const char *from = base + 2 * ((n < N ? n : 0) * its_n + channel);
-#else
+    auto one = [&](int slot, int row, int further, int channel, int n) {  // of token row + further of the block, n
       const char *from = base + (before + row) * unit + 2 * channel + further * unit;
+#if TOKENS
+      from = base + 2 * (n * its_n + channel);
 #endif
       bring(to + slot * THREADS * 16, from, row + further < left, policy);
     };
     if (w.kind == VALUES) {
+      const int row = warp / (D / 64) * 16 + lane / 8 * 2;
+      auto further = [](int i) { return i / 4 * WARPS / (D / 64) * 16 + i % 2 + i % 4 / 2 * 8; };
+      int n[4 * V_ROUNDS];
 #pragma unroll
-      for (int round = 0; round < V_ROUNDS; ++round) {
-        if (V_TASKS % WARPS && warp >= V_TASKS) break;
+      for (int i = 0; i < 4 * V_ROUNDS; ++i) n[i] = token_at(w, before + row + further(i));
+      if (!(V_TASKS % WARPS) || warp < V_TASKS) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          one(4 * round + i, warp / (D / 64) * 16 + lane / 8 * 2, round * WARPS / (D / 64) * 16 + i % 2 + i / 2 * 8,
-              warp % (D / 64) * 64 + lane % 8 * 8);
+        for (int i = 0; i < 4 * V_ROUNDS; ++i) one(i, row, further(i), warp % (D / 64) * 64 + lane % 8 * 8, n[i]);
       }
     } else if (w.kind == MOST) {
 #pragma unroll
-      for (int i = 0; i < 2 * STEPS; ++i) one(i, tid / PIECES, i * (THREADS / PIECES), tid % PIECES * 8);
+      for (int i = 0; i < 2 * STEPS; ++i) {
+        const int row = tid / PIECES, further = i * (THREADS / PIECES);
+        one(i, row, further, tid % PIECES * 8, before + row + further);
+      }
     } else {
 #pragma unroll
+      for (int s = 0; s < STEPS; ++s) next_n[s] = token_at(w, before + row_of_step(s));
+#if ROPE == 1
+      if (w.kind != KEYS) {  // else those of its queries are there
+#pragma unroll
+        for (int i = 0; i < 4 * STEPS; ++i) {
+          const int at = (next_n[i / 4] - first) * (D / 8) + c + i / 2 % 2 * (D / 16);
+          bring_8(address_of(angles) + i * THREADS * 8, (const uint2 *)(i % 2 ? sin : cos) + at, rotates(next_n[i / 4]));
+        }
+      }
+#endif
+#pragma unroll
       for (int s = 0; s < STEPS; ++s) {
-        one(2 * s, row_of_step(0), s * AT_ONCE, c * 8);
-        one(2 * s + 1, row_of_step(0), s * AT_ONCE, D / 2 + c * 8);
+        one(2 * s, row_of_step(0), s * AT_ONCE, c * 8, next_n[s]);
+        one(2 * s + 1, row_of_step(0), s * AT_ONCE, D / 2 + c * 8, next_n[s]);
       }
     }
   };
@@ -242,6 +260,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
   }
 #endif
   bool centers_known = false;
+  float ahead = 0.0f;   // what the next keys' center will have in this thread's place, if all are known
+  int run = 0;          // pieces of a head of v, one behind the other, whose largest values are not yet told
   int most_known = -1;  // the last head of v whose largest values are known to be complete
   step_on();
   Work next = {};
@@ -251,6 +271,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     const int held = min(N - w.block * BT, BT);
     const i64 blocks_before = (i64)w.head * blocks + w.block, P = (i64)blocks * BT;
     auto go_on = [&] {  // what this thread has of the piece lies in registers
+      if (w.kind == QUERIES) {
+        fetch(next = {KEYS, w.head, w.block});
+        if (centers_known && tid < D) ahead = __ldcg(center + w.head * D + channel_of(tid));
+        return;
+      }
       place += gridDim.x;
       step_on();
       if (phase < all_heads) fetch(next = work_there());
@@ -258,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     wait_for_own();
 
     if (w.kind == MOST) {
-      uint4 most_own = {};
+      uint4 *mine = (uint4 *)sums + tid, most_own = run ? *mine : uint4();
 #pragma unroll
       for (int s = 0; s < 2 * STEPS; ++s) {
         const uint4 piece = own[s * THREADS];
@@ -268,8 +293,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
         most_own.w = larger_pair(most_own.w, piece.w & 0x7FFF7FFF);
       }
       go_on();
-      __syncthreads();  // all are done with the sums of the piece before
-      ((uint4 *)sums)[tid] = most_own;
+      if (!run++) __syncthreads();  // all are done with the sums of the piece before
+      *mine = most_own;
+      if (phase < all_heads && next.kind == MOST && next.head == w.head) continue;
       __syncthreads();
       if (tid < D / 2) {
         u32 pair = 0;
@@ -281,8 +307,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
         atomicMax(most + w.head * D + 2 * tid + 1, __float_as_int(high));
         __threadfence();
         asm volatile("bar.sync 1, %0;" ::"n"(D / 2) : "memory");
-        if (tid == 0) atomicAdd(most_of + w.head, 1);
+        if (tid == 0) atomicAdd(most_of + w.head, run);
       }
+      run = 0;
       continue;
     }
 
@@ -291,11 +318,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
 #pragma unroll
       for (int s = 0; s < 4 * V_ROUNDS; ++s) raw[s] = own[s * THREADS];
       go_on();
-      if (tid < D) {
-        if (most_known != w.head) wait_until(most_of + w.head, blocks);
+      if (most_known != w.head && tid < D) {
+        wait_until(most_of + w.head, blocks);
         const float scale = fmaxf(__int_as_float(__ldcg(most + w.head * D + tid)), tiny) / FP8_TOP;
-        operands[tid] = 1.0f / scale;
-        if (w.block == 0) v_scale[w.head * D + tid] = scale;
+        inverses[tid] = 1.0f / scale;
+        v_scale[w.head * D + tid] = scale;  // every program tells the same
       }
       most_known = w.head;
       __syncthreads();
@@ -305,8 +332,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
         if (V_TASKS % WARPS && task >= V_TASKS) break;
         const int channel = task % (D / 64) * 64 + lane % 8 * 8;
         float x[4][8], by[8];
-        *(float4 *)by = *(const float4 *)(operands + channel);
-        *(float4 *)(by + 4) = *(const float4 *)(operands + channel + 4);
+        *(float4 *)by = *(const float4 *)(inverses + channel);
+        *(float4 *)(by + 4) = *(const float4 *)(inverses + channel + 4);
 #pragma unroll
         for (int n = 0; n < 4; ++n) floats(raw[4 * round + n], x[n]);
 #pragma unroll
@@ -331,19 +358,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     int n[STEPS];
     bool turns[STEPS];
 #if ROPE == 1
-    uint2 angles[STEPS][2][2];  // of each half, cos and sin
+    uint2 turn_by[STEPS][2][2];  // of each half, cos and sin
 #endif
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
-      n[s] = token_at(w, w.block * BT + row_of_step(s));
-      turns[s] = ROPE && n[s] >= first && n[s] < first + R;
+      n[s] = TOKENS ? next_n[s] : token_at(w, w.block * BT + row_of_step(s));
+      turns[s] = rotates(n[s]);
 #if ROPE == 1
-      const int at = (n[s] - first) * (D / 8) + c;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        angles[s][half][0] = turns[s] ? __ldg((const uint2 *)cos + at + half * (D / 16)) : make_uint2(0x3C003C00, 0x3C003C00);
-        angles[s][half][1] = turns[s] ? __ldg((const uint2 *)sin + at + half * (D / 16)) : make_uint2(0, 0);
-      }
+      for (int i = 0; i < 4; ++i) turn_by[s][i / 2][i % 2] = angles[(4 * s + i) * THREADS];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (!turns[s]) turn_by[s][half][0] = make_uint2(0x3C003C00, 0x3C003C00);  // ones; sin is zero there
 #endif
     }
     go_on();
@@ -353,8 +379,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
       weights[(queries ? 0 : 3 * D) + tid] = __ldg((queries ? norm_q : norm_k) + (w.head - b * H) * D + channel_of(tid));
 #endif
       if (w.kind == KEYS) {
-        if (!centers_known) wait_until(all_centered, all_heads);
-        operands[tid] = __ldcg(center + w.head * D + channel_of(tid));
+        if (!centers_known) {
+          wait_until(all_centered, all_heads);
+          ahead = __ldcg(center + w.head * D + channel_of(tid));
+        }
+        middle[tid] = ahead;
       }
     }
     centers_known |= w.kind == KEYS;
@@ -405,10 +434,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
       for (int half = 0; half < 2; ++half) {
         float co[4] = {1.0f, 1.0f, 1.0f, 1.0f}, si[4] = {};
 #if ROPE == 1
-        half_floats(angles[s][half][0].x, co[0], co[1]);
-        half_floats(angles[s][half][0].y, co[2], co[3]);
-        half_floats(angles[s][half][1].x, si[0], si[1]);
-        half_floats(angles[s][half][1].y, si[2], si[3]);
+        half_floats(turn_by[s][half][0].x, co[0], co[1]);
+        half_floats(turn_by[s][half][0].y, co[2], co[3]);
+        half_floats(turn_by[s][half][1].x, si[0], si[1]);
+        half_floats(turn_by[s][half][1].y, si[2], si[3]);
 #else
         if (turns[s]) {
           const int at = (n[s] - first) * (D / 8) + c + half * (D / 16);
@@ -505,12 +534,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
         }
       }
     } else {
-      float middle[OWN];
-      shared_of_own(operands, middle);
+      float its_center[OWN];
+      shared_of_own(middle, its_center);
 #pragma unroll
       for (int s = 0; s < STEPS; ++s)
 #pragma unroll
-        for (int j = 0; j < OWN; ++j) x[s][j] = fmaf(x[s][j], by[s], -middle[j]);
+        for (int j = 0; j < OWN; ++j) x[s][j] = fmaf(x[s][j], by[s], -its_center[j]);
       if (held < BT) {
 #pragma unroll
         for (int s = 0; s < STEPS; ++s)

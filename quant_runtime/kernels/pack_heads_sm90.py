@@ -18,8 +18,7 @@ KINDS = {torch.bfloat16: 0, torch.float16: 1}  # of q, k and v
 ANGLES = {torch.float16: 1, torch.float32: 2}
 THREADS, OWN = 256, 16  # channels of a token that a thread has
 PROGRAMS = 2  # of a processor
-KEEP = 2
-WAVES = 2  # of other pieces between a head's largest values and its packing, so that these are known in time
+WAVES = 1  # of other pieces between a head's largest values and its packing, so that these are known in time
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -86,7 +85,7 @@ def launch(
         0 if cos is None else len(cos),
         stride,
         samples,
-        min(2 * blocks, WAVES * programs),
+        min(blocks, WAVES * programs),
         eps,
         tiny,
         nothing,
@@ -100,9 +99,10 @@ def _kernel(
 ) -> _cuda.Kernel:
     at_once = THREADS * OWN // size
     slots = 2 * max(block // at_once, 2 * -(-block // 16 * size // 64 // (THREADS // 32)))
-    shared = slots * THREADS * 16 + 4 * (2 * at_once * size + 7 * size + THREADS // 32)
+    angles = 4 * (block // at_once) if rope == ANGLES[torch.float16] else 0
+    shared = (16 * slots + 8 * angles) * THREADS + 4 * (2 * at_once * size + 8 * size + THREADS // 32)
     defines = (
         ("D", size), ("BT", block), ("HALF", half), ("NORM", norm), ("OTHER", int(other)), ("ROPE", rope),
-        ("TOKENS", int(tokens)), ("KEEP", KEEP),
+        ("TOKENS", int(tokens)),
     )  # fmt: skip
     return _cuda.Kernel("pack_heads_sm90.cu", "pack_heads_sm90", shared, defines)
