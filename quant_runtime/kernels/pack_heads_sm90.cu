@@ -12,11 +12,12 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef long long i64;
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int WARPS = THREADS / 32;
 constexpr int OWN = 16;                     // channels that a thread has of a token: 8 of its first half, 8 of its second
 constexpr int LANES = D / OWN;              // threads of a token
 constexpr int AT_ONCE = THREADS / LANES;    // tokens
 constexpr int STEPS = BT / AT_ONCE;
+constexpr int SUMS = AT_ONCE / 2;           // of two threads each, which have half of its channels apiece
 constexpr int PIECES = D / 8;               // of 16 bytes that a token has
 constexpr int V_TASKS = BT / 16 * (D / 64);  // 16 tokens of 64 channels are a warp's
 constexpr int V_ROUNDS = (V_TASKS + WARPS - 1) / WARPS;
@@ -135,7 +136,7 @@ __device__ __forceinline__ int channel_of(int place) {
   return quarter / 2 * (D / 2) + c * 8 + quarter % 2 * 4 + place % 4;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) pack_heads_sm90(
     const char *q, const char *k, const char *v, const float *norm_q, const float *norm_k, const float *other_q,
     const float *other_k, const float *bias_q, const float *bias_k, const float *inverse_q, const float *inverse_k,
     const char *cos, const char *sin, const int *tokens, char *q_out, float *q_scale, char *k_out, float *k_scale,
@@ -146,19 +147,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
   extern __shared__ char memory[];
   uint4 *own = (uint4 *)memory + threadIdx.x;             // [SLOTS][THREADS]
   uint2 *angles = (uint2 *)(memory + SLOTS * THREADS * 16) + threadIdx.x;  // [STEPS][halves][cos, sin][THREADS]
-  float *sums = (float *)(memory + SLOTS * THREADS * 16 + ANGLES * THREADS * 8);  // [2][AT_ONCE][D]: tokens, directions
+  float *sums = (float *)(memory + SLOTS * THREADS * 16 + ANGLES * THREADS * 8);  // [2][SUMS][D]: tokens, directions
   u32 *tile = (u32 *)sums;                                                        // [D][32]: v, four tokens a word
-  float *weights = sums + 2 * AT_ONCE * D;                 // [q, k][norm, other, bias][D]
+  float *weights = sums + 2 * SUMS * D;                     // [q, k][norm, other, bias][D]
   float *middle = weights + 6 * D;                         // [D]: a head's center
   float *inverses = middle + D;                            // [D]: one over the scales of a head's values
   u32 *largest = (u32 *)(inverses + D);                    // [WARPS]
+  float *together = (float *)(largest + WARPS);            // [D / 32]
   int *centered = counters, *most_of = counters + all_heads, *all_centered = most_of + all_heads;
 
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, c = lane % LANES;
   const int centers = (samples + BT - 1) / BT;
-  u64 once, again;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(again));
 
   int phase = 0, place = (int)blockIdx.x - all_heads * centers;  // of the next piece: in which head of v, and where
   auto step_on = [&] {
@@ -199,7 +198,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
               its_n = of_v ? v_n : w.kind == QUERIES ? q_n : k_n;
     const int b = divided(w.head, by_heads);
     base += 2 * (b * its_b + (w.head - b * H) * its_h);
-    const u64 policy = w.kind == MOST ? again : once;
+    u64 policy;  // what will not be read again soon makes way first
+    if (w.kind == MOST)
+      asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    else
+      asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     const u32 to = address_of(own);
     const i64 unit = 2 * its_n * (w.kind == CENTER ? stride : 1);
     const int before = w.block * BT, left = (w.kind == CENTER ? samples : N) - before;
@@ -229,21 +232,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     } else {
 #pragma unroll
       for (int s = 0; s < STEPS; ++s) next_n[s] = token_at(w, before + row_of_step(s));
-#if ROPE == 1
-      if (w.kind != KEYS) {  // else those of its queries are there
-#pragma unroll
-        for (int i = 0; i < 4 * STEPS; ++i) {
-          const int at = (next_n[i / 4] - first) * (D / 8) + c + i / 2 % 2 * (D / 16);
-          bring_8(address_of(angles) + i * THREADS * 8, (const uint2 *)(i % 2 ? sin : cos) + at, rotates(next_n[i / 4]));
-        }
-      }
-#endif
 #pragma unroll
       for (int s = 0; s < STEPS; ++s) {
         one(2 * s, row_of_step(0), s * AT_ONCE, c * 8, next_n[s]);
         one(2 * s + 1, row_of_step(0), s * AT_ONCE, D / 2 + c * 8, next_n[s]);
       }
     }
+  };
+
+  auto fetch_angles = [&](const Work &w) {  // keys have those of their queries
+#if ROPE == 1
+    if (w.kind == QUERIES || w.kind == CENTER) {
+#pragma unroll
+      for (int i = 0; i < 4 * STEPS; ++i) {
+        const int n = TOKENS ? next_n[i / 4] : token_at(w, w.block * BT + row_of_step(i / 4));
+        const int at = (n - first) * (D / 8) + c + i / 2 % 2 * (D / 16);
+        bring_8(address_of(angles) + i * THREADS * 8, (const uint2 *)(i % 2 ? sin : cos) + at, rotates(n));
+      }
+    }
+#endif
   };
 
 #if NORM && NORM != 2
@@ -265,11 +272,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
   int most_known = -1;  // the last head of v whose largest values are known to be complete
   step_on();
   Work next = {};
-  if (phase < all_heads) fetch(next = work_there());
+  if (phase < all_heads) {
+    fetch(next = work_there());
+    fetch_angles(next);
+  }
   while (phase < all_heads) {
     const Work w = next;
-    const int held = min(N - w.block * BT, BT);
-    const i64 blocks_before = (i64)w.head * blocks + w.block, P = (i64)blocks * BT;
     auto go_on = [&] {  // what this thread has of the piece lies in registers
       if (w.kind == QUERIES) {
         fetch(next = {KEYS, w.head, w.block});
@@ -278,7 +286,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
       }
       place += gridDim.x;
       step_on();
-      if (phase < all_heads) fetch(next = work_there());
+      if (phase >= all_heads) return;
+      fetch(next = work_there());
+      if (w.kind == MOST || w.kind == VALUES) fetch_angles(next);
     };
     wait_for_own();
 
@@ -293,8 +303,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
         most_own.w = larger_pair(most_own.w, piece.w & 0x7FFF7FFF);
       }
       go_on();
-      if (!run++) __syncthreads();  // all are done with the sums of the piece before
+      __syncthreads();  // all are done with the sums of the piece before
       *mine = most_own;
+      ++run;
       if (phase < all_heads && next.kind == MOST && next.head == w.head) continue;
       __syncthreads();
       if (tid < D / 2) {
@@ -306,9 +317,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
         atomicMax(most + w.head * D + 2 * tid, __float_as_int(low));
         atomicMax(most + w.head * D + 2 * tid + 1, __float_as_int(high));
         __threadfence();
-        asm volatile("bar.sync 1, %0;" ::"n"(D / 2) : "memory");
-        if (tid == 0) atomicAdd(most_of + w.head, run);
       }
+      __syncthreads();
+      if (tid == 0) atomicAdd(most_of + w.head, run);
       run = 0;
       continue;
     }
@@ -346,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
       for (int j = 0; j < D * BT / 16 / THREADS; ++j) {
         const int at = j * THREADS + tid, channel = at / (BT / 16), part = at % (BT / 16);
         const uint4 bytes = *(const uint4 *)(tile + channel * 32 + 4 * (part ^ channel / 8 % 8));
-        __stcs((uint4 *)(v_out + ((i64)w.head * D + channel) * P + w.block * BT + part * 16), bytes);
+        __stcs((uint4 *)(v_out + ((i64)w.head * D + channel) * ((i64)blocks * BT) + w.block * BT + part * 16), bytes);
       }
       continue;
     }
@@ -357,20 +368,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     for (int s = 0; s < 2 * STEPS; ++s) raw[s] = own[s * THREADS];
     int n[STEPS];
     bool turns[STEPS];
-#if ROPE == 1
-    uint2 turn_by[STEPS][2][2];  // of each half, cos and sin
-#endif
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
       n[s] = TOKENS ? next_n[s] : token_at(w, w.block * BT + row_of_step(s));
       turns[s] = rotates(n[s]);
-#if ROPE == 1
-#pragma unroll
-      for (int i = 0; i < 4; ++i) turn_by[s][i / 2][i % 2] = angles[(4 * s + i) * THREADS];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (!turns[s]) turn_by[s][half][0] = make_uint2(0x3C003C00, 0x3C003C00);  // ones; sin is zero there
-#endif
     }
     go_on();
     if (tid < D) {
@@ -434,10 +435,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
       for (int half = 0; half < 2; ++half) {
         float co[4] = {1.0f, 1.0f, 1.0f, 1.0f}, si[4] = {};
 #if ROPE == 1
-        half_floats(turn_by[s][half][0].x, co[0], co[1]);
-        half_floats(turn_by[s][half][0].y, co[2], co[3]);
-        half_floats(turn_by[s][half][1].x, si[0], si[1]);
-        half_floats(turn_by[s][half][1].y, si[2], si[3]);
+        uint2 both = angles[(4 * s + 2 * half) * THREADS];
+        if (!turns[s]) both = make_uint2(0x3C003C00, 0x3C003C00);  // ones; sines are zero there
+        half_floats(both.x, co[0], co[1]);
+        half_floats(both.y, co[2], co[3]);
+        both = angles[(4 * s + 2 * half + 1) * THREADS];
+        half_floats(both.x, si[0], si[1]);
+        half_floats(both.y, si[2], si[3]);
 #else
         if (turns[s]) {
           const int at = (n[s] - first) * (D / 8) + c + half * (D / 16);
@@ -456,6 +460,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
 #endif
     }
 
+    if (!queries && phase < all_heads) fetch_angles(next);
+
     // The sums over this thread's tokens, each times its factor.
     auto add_up = [&](int which, const float (&factor)[STEPS]) {
       float added[OWN];
@@ -465,9 +471,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
 #pragma unroll
         for (int s = 1; s < STEPS; ++s) added[j] = fmaf(x[s][j], factor[s], added[j]);
       }
-      float *to = sums + (which * AT_ONCE + tid / LANES) * D + c * 4;
+      const bool upper = lane & 16;  // has the sums of its second half of channels, of both threads, the other of the first
+      float *to = sums + (which * SUMS + warp * (16 / LANES) + lane % 16 / LANES) * D + (upper ? D / 2 : 0) + c * 4;
 #pragma unroll
-      for (int j = 0; j < OWN; j += 4) *(float4 *)(to + j * (D / 16)) = *(float4 *)(added + j);
+      for (int j = 0; j < OWN / 2; ++j) {
+        const float kept = upper ? added[j + OWN / 2] : added[j], given = upper ? added[j] : added[j + OWN / 2];
+        added[j] = kept + __shfl_xor_sync(~0u, given, 16);
+      }
+#pragma unroll
+      for (int j = 0; j < OWN / 2; j += 4) *(float4 *)(to + j * (D / 16)) = *(float4 *)(added + j);
     };
     add_up(0, by);
 
@@ -475,26 +487,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
       __syncthreads();
       if (tid < D) {
         float sum = 0.0f;
-        for (int row = 0; row < AT_ONCE; ++row) sum += sums[row * D + tid];
+        for (int row = 0; row < SUMS; ++row) sum += sums[row * D + tid];
         parts[(w.head * centers + w.block) * D + channel_of(tid)] = sum;
         __threadfence();
-        asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");
-        if (tid == 0) largest[0] = atomicAdd(centered + w.head, 1);
-        asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");
-        if (largest[0] == centers - 1) {  // the last of the head
-          __threadfence();
-          float all = 0.0f;
-          for (int part = 0; part < centers; ++part) all += __ldcg(parts + (w.head * centers + part) * D + tid);
-          center[w.head * D + tid] = all / samples;
-          __threadfence();
-          asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");
-          if (tid == 0) atomicAdd(all_centered, 1);
-        }
       }
       __syncthreads();
+      if (tid == 0) largest[0] = atomicAdd(centered + w.head, 1);
+      __syncthreads();
+      const bool last = largest[0] == centers - 1;  // of the head
+      if (last && tid < D) {
+        __threadfence();
+        float all = 0.0f;
+        for (int part = 0; part < centers; ++part) all += __ldcg(parts + (w.head * centers + part) * D + tid);
+        center[w.head * D + tid] = all / samples;
+        __threadfence();
+      }
+      __syncthreads();
+      if (last && tid == 0) atomicAdd(all_centered, 1);
       continue;
     }
 
+    const int held = min(N - w.block * BT, BT);
     float square[STEPS], most_own[STEPS];
     auto measure = [&] {
 #pragma unroll
@@ -560,6 +573,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     }
     __syncthreads();
 
+    const i64 blocks_before = (i64)w.head * blocks + w.block, P = (i64)blocks * BT;
     if (!queries) {
       u32 bits = 0;
 #pragma unroll
@@ -572,20 +586,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pack_heads_sm90(
     if (tid < D) {
       float sum = 0.0f;
 #pragma unroll 8
-      for (int row = 0; row < AT_ONCE; ++row) sum += sums[row * D + tid];
+      for (int row = 0; row < SUMS; ++row) sum += sums[row * D + tid];
       (queries ? q_means : k_means)[blocks_before * D + channel_of(tid)] = sum / held;
-    }
-    if (warp == WARPS - 1) {
-      float sum[D / 32] = {}, together = 0.0f;
+    } else if (tid < 2 * D) {
+      float sum = 0.0f;
 #pragma unroll 8
-      for (int row = 0; row < AT_ONCE; ++row)
+      for (int row = 0; row < SUMS; ++row) sum += sums[(SUMS - 1 + row) * D + tid];
+      sum /= held;
+      sum *= sum;
 #pragma unroll
-        for (int j = 0; j < D / 32; ++j) sum[j] += sums[(AT_ONCE + row) * D + j * 32 + lane];
+      for (int l = 1; l < 32; l *= 2) sum += __shfl_xor_sync(~0u, sum, l);
+      if (lane == 0) together[warp - D / 32] = sum;
+      asm volatile("bar.sync 1, %0;" ::"n"(D) : "memory");
+      if (tid == D) {
+        float all = together[0];
 #pragma unroll
-      for (int j = 0; j < D / 32; ++j) together = fmaf(sum[j] / held, sum[j] / held, together);
-#pragma unroll
-      for (int l = 1; l < 32; l *= 2) together += __shfl_xor_sync(~0u, together, l);
-      if (lane == 0) (queries ? q_alike : k_alike)[blocks_before] = together;
+        for (int j = 1; j < D / 32; ++j) all += together[j];
+        (queries ? q_alike : k_alike)[blocks_before] = all;
+      }
     }
   }
 }

@@ -16,8 +16,7 @@ from quant_runtime.kernels._triton import processors
 SIZES = (64, 128)
 KINDS = {torch.bfloat16: 0, torch.float16: 1}  # of q, k and v
 ANGLES = {torch.float16: 1, torch.float32: 2}
-THREADS, OWN = 256, 16  # channels of a token that a thread has
-PROGRAMS = 2  # of a processor
+OWN = 16  # channels of a token that a thread has
 WAVES = 1  # of other pieces between a head's largest values and its packing, so that these are known in time
 
 
@@ -60,10 +59,11 @@ def launch(
     parts = torch.empty(all_heads * -(-samples // block) * size, device=q.device)
     center = torch.empty(all_heads * size, device=q.device)
     known = torch.zeros(all_heads * (size + 2) + 1, dtype=torch.int32, device=q.device)  # largest values, then counters
-    programs = min(PROGRAMS * processors(q.device), all_heads * blocks)
+    threads, at_once = _programs(size, block)
+    programs = min(at_once * processors(q.device), all_heads * blocks)
     kernel(
         programs,
-        THREADS,
+        threads,
         q,
         k,
         v,
@@ -89,20 +89,33 @@ def launch(
         eps,
         tiny,
         nothing,
-        [-(-(1 << 32) // all_heads), -(-(1 << 32) // heads), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0) if tokens is None else tokens.stride()[:2])],
+        [
+            *(-(-(1 << 32) // divisor) for divisor in (all_heads, heads)),
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *((0, 0) if tokens is None else tokens.stride()[:2]),
+        ],
     )
+
+
+def _programs(size: int, block: int) -> tuple[int, int]:
+    """(threads of a program, programs that a processor holds): such that a thread has some of two tokens, or of one."""
+    return (512, 2) if size * block == 128 * 128 else (256, 3)
 
 
 @functools.cache
 def _kernel(
     device: torch.device, size: int, block: int, half: int, norm: int, other: bool, rope: int, tokens: bool
 ) -> _cuda.Kernel:
-    at_once = THREADS * OWN // size
-    slots = 2 * max(block // at_once, 2 * -(-block // 16 * size // 64 // (THREADS // 32)))
-    angles = 4 * (block // at_once) if rope == ANGLES[torch.float16] else 0
-    shared = (16 * slots + 8 * angles) * THREADS + 4 * (2 * at_once * size + 8 * size + THREADS // 32)
+    threads, programs = _programs(size, block)
+    at_once, warps = threads * OWN // size, threads // 32  # tokens
+    steps = block // at_once
+    slots = 2 * max(steps, 2 * -(-block // 16 * (size // 64) // warps))
+    angles = 4 * steps if rope == ANGLES[torch.float16] else 0
+    shared = (16 * slots + 8 * angles) * threads + 4 * (at_once * size + 8 * size + warps + size // 32)
     defines = (
-        ("D", size), ("BT", block), ("HALF", half), ("NORM", norm), ("OTHER", int(other)), ("ROPE", rope),
-        ("TOKENS", int(tokens)),
+        ("D", size), ("BT", block), ("THREADS", threads), ("PROGRAMS", programs), ("HALF", half),
+        ("NORM", norm), ("OTHER", int(other)), ("ROPE", rope), ("TOKENS", int(tokens)),
     )  # fmt: skip
     return _cuda.Kernel("pack_heads_sm90.cu", "pack_heads_sm90", shared, defines)
