@@ -57,6 +57,10 @@ class Kernel:
         for tell in tuple(listeners):
             tell(entry, time.perf_counter() - start, cached)
 
+    def at_once(self, threads: int) -> int:
+        """Programs of so many threads that a processor runs at once: more would wait until some have ended."""
+        return int(_checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._entry, threads, self._shared)))
+
     def __call__(self, programs: int, threads: int, *args: object) -> None:
         """Tensors and None go as addresses, ints as 32 bits, in a list as 64, floats as float32, maps as they are."""
         values: list[object] = []
@@ -77,6 +81,12 @@ class Kernel:
         stream = torch.cuda.current_stream().cuda_stream
         given = (tuple(values), tuple(kinds))
         _checked(driver.cuLaunchKernel(self._entry, programs, 1, 1, threads, 1, 1, self._shared, stream, given, 0))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it: contiguous, and at a multiple of 16 bytes, as loads of 16 bytes need it."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def tiles(x: Tensor, rows: int, columns: int) -> Any:

@@ -38,7 +38,9 @@ def launch(
     tiles = -(-rows * k // TILE)
     kernel = _kernel(x.device, k, block, rows, tiles, KINDS[x.dtype], factor is not None, q.dtype != torch.int8)
     programs = min(_programs(tiles) * processors(x.device), -(-m // rows))
-    kernel(programs, 32 * tiles, x, signs, factor, q, scale, m, top, tiny, 1 / math.sqrt(block))
+    factor = None if factor is None else _cuda.aligned(factor)
+    if programs:
+        kernel(programs, 32 * tiles, x, signs, factor, q, scale, m, top, tiny, 1 / math.sqrt(block))
 
 
 def _programs(tiles: int) -> int:

@@ -17,16 +17,17 @@ SIZES = (64, 128)
 KINDS = {torch.bfloat16: 0, torch.float16: 1}  # of q, k and v
 ANGLES = {torch.float16: 1, torch.float32: 2}
 OWN = 16  # channels of a token that a thread has
-WAVES = 1  # of other pieces between a head's largest values and its packing, so that these are known in time
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether 16 bytes of a token are a load of one thread."""
+    """Whether 16 bytes of a token are a load of one thread, and pieces of work can be told by 32 bits."""
     aligned = all(
         t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in t.stride()[:3])
         for t in (q, k, v)
     )
-    return q.shape[3] in SIZES and q.dtype in KINDS and aligned
+    batch, heads, count, size = q.shape
+    few = (batch * heads) ** 2 * -(-count // SIZES[0]) < 1 << 32
+    return size in SIZES and q.dtype in KINDS and aligned and few
 
 
 def launch(
@@ -50,6 +51,8 @@ def launch(
     batch, heads, count, size = q.shape
     all_heads, blocks, samples = batch * heads, outputs[3].shape[2], -(-count // stride)
     weights = tuple(None if w is None else w.float().contiguous() for w in weights)
+    cos, sin = (None if t is None else _cuda.aligned(t) for t in (cos, sin))
+    tokens = tokens if tokens is None or tokens.stride(2) == 1 else tokens.contiguous()
     together = weights[0] is not None and len(weights[0]) > size
     kind = 0 if weights[0] is None else 3 if weights[4] is not None else 1 + together
     kernel = _kernel(
@@ -59,8 +62,8 @@ def launch(
     parts = torch.empty(all_heads * -(-samples // block) * size, device=q.device)
     center = torch.empty(all_heads * size, device=q.device)
     known = torch.zeros(all_heads * (size + 2) + 1, dtype=torch.int32, device=q.device)  # largest values, then counters
-    threads, at_once = _programs(size, block)
-    programs = min(at_once * processors(q.device), all_heads * blocks)
+    threads = _programs(size, block)[0]
+    programs = min(kernel.at_once(threads) * processors(q.device), all_heads * blocks)  # they wait for one another
     kernel(
         programs,
         threads,
@@ -85,7 +88,9 @@ def launch(
         0 if cos is None else len(cos),
         stride,
         samples,
-        min(blocks, WAVES * programs),
+        min(
+            blocks, programs
+        ),  # pieces between a head's largest values and its packing, so that these are known in time
         eps,
         tiny,
         nothing,
@@ -100,8 +105,8 @@ def launch(
 
 
 def _programs(size: int, block: int) -> tuple[int, int]:
-    """(threads of a program, programs that a processor holds): such that a thread has some of two tokens, or of one."""
-    return (512, 2) if size * block == 128 * 128 else (256, 3)
+    """(threads of a program, programs that a processor holds): a thread has some of four tokens of 128, else of two."""
+    return (256, 2) if size * block == 128 * 128 else (256, 3)
 
 
 @functools.cache

@@ -64,7 +64,8 @@ def test_what_is_not_finite_shows_where_it_is(number, device):
     args[number][0, 1, 200, 3] = float("nan")
     packed = op.Packed(*op.launch_hopper(*args))
     assert packed.q_scale.isfinite().all(dim=2).tolist() == [[True, number != 0, True]]
-    assert packed.k_scale.isfinite().tolist() == [[[True, True], [True, number != 1], [True, True]]]
+    assert packed.k_scale[0, 1, 1].isfinite() == (number != 1)
+    assert packed.k_scale[0, ::2].isfinite().all()
     assert packed.v.float().isfinite().all(dim=3).all(dim=2).tolist() == [[True, number != 2, True]]
     assert packed.v_scale.isfinite().all()
 
