@@ -5,6 +5,8 @@ factor  float32 [K] or None: the rotated x is multiplied by it
 q  int8 or float8_e4m3fn [M, K], as `dtype` says      scale  float32 [M]
 
 Rotate first, then scale: the order of QuantVGGT (the post-local smoothing lies behind the rotation).
+
+On a Hopper, rows of 16 bits are turned by hadamard_quantize_sm90, which is written by hand; all else by Triton.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ P is N up to the next multiple of block; k and v are zero beyond N. Any centre l
 ignores what all scores of a row have in common): here it is the mean of some 1024 keys, evenly spread, which takes the
 keys' outlier channels away as the mean of all would (SageAttention, arXiv:2410.02367) and costs no pass over them. All
 in float32. A NaN or an infinity gets a scale, or a value, that is not finite, so that it shows in the answer.
+
+On a Hopper, heads of 64 and 128 in 16 bits are packed by pack_heads_sm90, which is written by hand; all else by Triton.
 """
 
 from __future__ import annotations
