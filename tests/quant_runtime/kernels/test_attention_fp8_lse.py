@@ -4,11 +4,12 @@ import torch
 from quant_runtime.kernels import _cuda, attention_fp8
 from quant_runtime.kernels.attention_fp8 import attention_fp8_lse, merged
 from quant_runtime.kernels.pack_heads import pack_heads
+from quant_runtime.selftest import JUDGES
 from tests.quant_runtime.kernels.inputs import FP16_ROUNDING, FP32_ROUNDING
 from tests.quant_runtime.kernels.test_attention_fp8 import SHAPES, limit, placed, refresh_arguments, shuffled
 from tests.support import relative_error
 
-SUMS = 0.01  # of a weight: scores become weights as floats that are 1.5 * 2**23 steps too large, which costs bits
+SUMS = 0.02  # of a weight: scores become weights as floats that are 1.5 * 2**23 steps too large, which costs bits
 HOPPER_SHAPES = [(1, 2, 1000, 128, 128), (2, 3, 517, 128, 128), (1, 1, 128, 128, 128)]
 
 
@@ -71,3 +72,13 @@ def test_answers_over_keys_in_several_places_become_the_answer_over_all(dtype, d
     nothing, nothing_lse = merged([over([0], empty_row=2)] * 2)
     assert not nothing[:, :, 128:192].any()
     assert nothing_lse[:, :, 128:192].isneginf().all()
+
+
+def test_the_self_test_judges_both_answers(device):
+    args = refresh_arguments(SHAPES[0], device)
+    want = attention_fp8.lse_reference(*args)
+    judge = JUDGES["attention_fp8_lse"]
+    assert judge(args, want, want).passes
+    out, lse = want
+    for wrong in ((1.2 * out, lse), (out, lse + 0.1), (out, torch.full_like(lse, -torch.inf)), (out, lse * torch.nan)):
+        assert not judge(args, wrong, want).passes
