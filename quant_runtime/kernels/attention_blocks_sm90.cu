@@ -3,13 +3,12 @@
 //
 // One group of warps (a single thread of it) takes tiles from a counter and has the copy engine bring Q, K and V; two
 // groups have 64 queries each. While a block's weights are multiplied by its values, the next block's scores are made
-// and weighted: what is waited for is asked for one block ahead. The groups take turns in asking, so that one multiplies
-// while the other weighs.
+// and weighted: what is waited for is asked for one block ahead.
 //
-//   s   the scores of a block, and then its weights, float32        p   those in 16 bits
-//   o   weights times values, of all blocks so far                  sum of the weights, by each thread of its own
+//   s   the scores of a block, and then its weights, float32        p   those in 16 bits; of two blocks, by turns
+//   o   weights times values, of all blocks so far                  sum   of the weights that a thread has seen
 //
-// V lies as it comes, channels side by side: the matrix unit turns 16-bit operands itself.
+// V lies as it comes, the channels of a key side by side: the matrix unit turns 16-bit operands itself.
 // The largest score is not followed exactly: weights are relative to the largest at the time it was last looked up, and
 // may be 2**SLACK times as large as one. Up to that nothing is scaled again, and no thread asks another.
 
@@ -21,28 +20,12 @@ struct alignas(64) TensorMap {
   char bytes[128];
 };
 
-#ifndef TURNS
-#define TURNS 1
-#endif
-#ifndef QREG
-#define QREG 0
-#endif
-#ifndef PAIRS
-#define PAIRS 0
-#endif
-#ifndef Q_SLOTS
-#define Q_SLOTS 2
-#endif
-#ifndef STAGES
-#define STAGES 2
-#endif
-
 constexpr int BLOCK = 128, GROUPS = 2;
-constexpr int HALF_BYTES = BLOCK * 128;           // 64 channels of a block, rows of 128 bytes
-constexpr int TILE_BYTES = D / 64 * HALF_BYTES;   // all of them, one half behind the other
-constexpr int ENDS = 4;                           // rows of tiles in front that may have long lists
-constexpr float SLACK = 8.0f;
-constexpr float NEVER = -__builtin_huge_valf();   // the score of a key that is not there
+constexpr int PART_BYTES = BLOCK * 128;          // 64 channels of a block, rows of 128 bytes
+constexpr int TILE_BYTES = D / 64 * PART_BYTES;  // all of them, 64 behind 64
+constexpr int ENDS = 4;                          // tiles in front of a head that may have long lists
+constexpr float SLACK = 8.0f;                    // both kinds of 16 bits end at 2**15 or more
+#define INFINITE __int_as_float(0x7F800000)
 
 __device__ __forceinline__ u32 address_of(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -71,10 +54,10 @@ __device__ __forceinline__ void copy_tile(u32 to, const TensorMap *map, int toke
       " [%2];" ::"r"(to), "l"(map), "r"(address_of(bar)), "r"(0), "r"(token), "r"(head), "r"(batch) : "memory");
 }
 
-// Rows of 128 bytes, swizzled in groups of eight, as copy_tile leaves them. Where rows are what is summed over, the next
-// 64 columns lie a half further.
+// Rows of 128 bytes, swizzled in groups of eight, as copy_tile leaves them. Where rows are what is summed over, the
+// next 64 columns lie a part further.
 __device__ __forceinline__ u64 described(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | (u64)(HALF_BYTES >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+  return (u64)((address & 0x3FFFF) >> 4) | (u64)(PART_BYTES >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -114,14 +97,15 @@ __device__ __forceinline__ u32 two_halves(float a, float b) {
   return r;
 }
 
-#define EIGHT(x, i) \
-  "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), "+f"(x[i + 7])
-#define FLOATS32(x, i) EIGHT(x, i), EIGHT(x, i + 8), EIGHT(x, i + 16), EIGHT(x, i + 24)
+#define FOUR(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3])
+#define SIXTEEN(x, i) FOUR(x, i), FOUR(x, i + 4), FOUR(x, i + 8), FOUR(x, i + 12)
+#define FLOATS32(x, i) SIXTEEN(x, i), SIXTEEN(x, i + 16)
 #define NAMES32 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31"
 #define NAMES64 \
-  NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
-          "%58,%59,%60,%61,%62,%63"
+  NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
+          "%57,%58,%59,%60,%61,%62,%63"
 
 // s += 64 rows of Q times 16 channels of 128 keys.
 __device__ __forceinline__ void scores(float (&s)[64], u64 q, u64 k, int more) {
@@ -129,13 +113,6 @@ __device__ __forceinline__ void scores(float (&s)[64], u64 q, u64 k, int more) {
                " {" NAMES64 "}, %64, %65, p, 1, 1, 0, 0;}"
                : FLOATS32(s, 0), FLOATS32(s, 32)
                : "l"(q), "l"(k), "r"(more));
-}
-
-__device__ __forceinline__ void scores(float (&s)[64], const u32 *q, u64 k, int more) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." KIND "." KIND
-               " {" NAMES64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;}"
-               : FLOATS32(s, 0), FLOATS32(s, 32)
-               : "r"(q[0]), "r"(q[1]), "r"(q[2]), "r"(q[3]), "l"(k), "r"(more));
 }
 
 // o += weights of 16 keys, 64 rows, times 16 keys of all channels.
@@ -157,9 +134,9 @@ __device__ __forceinline__ void weighted(float (&o)[32], const u32 *p, u64 v) {
 
 // Behind the tiles in shared memory. A barrier is full when what it guards has come, and empty when all have read it.
 struct Shared {
-  u64 tile_full[Q_SLOTS], tile_empty[Q_SLOTS], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+  u64 tile_full[SLOTS], tile_empty[SLOTS], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
   int keys[STAGES];  // from this block's first on: 128 or more, but of the last block
-  int tile[Q_SLOTS], count[Q_SLOTS];
+  int tile[SLOTS], count[SLOTS];
 };
 
 template <int N> struct Ring {  // whose turn among N, and how often it came
@@ -181,12 +158,12 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_bl
     i64 count_r) {
   extern __shared__ char raw[];
   const u32 base = (address_of(raw) + 1023) & ~1023;
-  const u32 q_at = base, k_at = q_at + Q_SLOTS * TILE_BYTES, v_at = k_at + STAGES * TILE_BYTES;
-  Shared &sh = *(Shared *)(raw + (base - address_of(raw)) + (Q_SLOTS + 2 * STAGES) * TILE_BYTES);
+  const u32 q_at = base, k_at = q_at + SLOTS * TILE_BYTES, v_at = k_at + STAGES * TILE_BYTES;
+  Shared &sh = *(Shared *)(raw + (base - address_of(raw)) + (SLOTS + 2 * STAGES) * TILE_BYTES);
   const int thread = threadIdx.x, group = thread / 128;
 
   if (thread == 0) {
-    for (int i = 0; i < Q_SLOTS; i++) {
+    for (int i = 0; i < SLOTS; i++) {
       barrier_init(&sh.tile_full[i], 1);
       barrier_init(&sh.tile_empty[i], 4 * GROUPS);
     }
@@ -201,9 +178,9 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_bl
   __syncthreads();
 
   if (group == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");  // 40 + 2 * 232 are no more than the 3 * 168 of the start
     if (thread == 0) {
-      Ring<Q_SLOTS> slot;
+      Ring<SLOTS> slot;
       Ring<STAGES> k, v;
       for (;;) {
         const int tile = atomicAdd(next, 1);
@@ -245,30 +222,16 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_bl
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int mine = group - 1, lane = thread % 32, quad = lane % 4;
-    Ring<Q_SLOTS> slot;
+    Ring<SLOTS> slot;
     Ring<STAGES> k, v;
     float s[64], o[D / 2], less[2], fade[2], sum[2];
-    u32 p[32];
-#if PAIRS
-    u32 other_p[32];
-#endif
-#if QREG
-    u32 q[D / 4];
-#endif
-#if TURNS
-    auto my_turn = [&]() { asm volatile("bar.sync %0, 256;" ::"r"(1 + mine) : "memory"); };
-    auto your_turn = [&]() { asm volatile("bar.arrive %0, 256;" ::"r"(2 - mine) : "memory"); };
-    if (mine == 1) your_turn();
-#else
-    auto my_turn = []() {};
-    auto your_turn = []() {};
-#endif
+    u32 p[32], other_p[32];
     for (;;) {
       wait(&sh.tile_full[slot.at], slot.phase);
       const int tile = sh.tile[slot.at], count = sh.count[slot.at];
-      auto leave_tile = [&]() {
+      auto leave_tile = [&]() {  // its queries are read
         __syncwarp();
         if (lane == 0) arrive(&sh.tile_empty[slot.at]);
         slot.step();
@@ -277,29 +240,11 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_bl
       const int head = tile / rows, row = row_of(tile, rows);
       const int first = row * BLOCK + mine * 64 + thread % 128 / 32 * 16 + lane / 4;
 #pragma unroll
-      for (int r = 0; r < 2; r++) less[r] = __int_as_float(0x7F800000), sum[r] = 0.0f;
+      for (int r = 0; r < 2; r++) less[r] = INFINITE, sum[r] = 0.0f;
 #pragma unroll
       for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
-#if QREG
-      if (count > 0) {
-        const int at_row = mine * 64 + thread % 128 / 32 * 16 + lane % 16;
-        const u32 from = q_at + slot.at * TILE_BYTES + at_row * 128;
-#pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-          const u32 at = from + i / 4 * HALF_BYTES + ((i % 4 * 2 + lane / 16) ^ (at_row & 7)) * 16;
-          asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                       : "=r"(q[4 * i]), "=r"(q[4 * i + 1]), "=r"(q[4 * i + 2]), "=r"(q[4 * i + 3])
-                       : "r"(at)
-                       : "memory");
-        }
-      }
-#endif
       const u64 q_part = described(q_at + slot.at * TILE_BYTES + mine * 64 * 128);
-#if QREG
-      leave_tile();
-#else
       if (count == 0) leave_tile();
-#endif
 
       bool grown;
       int left;
@@ -310,12 +255,8 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_bl
         fence();
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
-          const int at = i / 4 * (HALF_BYTES / 16) + i % 4 * 2;
-#if QREG
-          scores(s, q + 4 * i, k_part + at, i > 0);
-#else
+          const int at = i / 4 * (PART_BYTES / 16) + i % 4 * 2;
           scores(s, q_part + at, k_part + at, i > 0);
-#endif
         }
         commit();
         left = sh.keys[k.at];
@@ -330,9 +271,9 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_bl
         if (left < BLOCK) {
 #pragma unroll
           for (int i = 0; i < 64; i++)
-            if (left - 2 * quad <= 8 * (i / 4) + i % 2) s[i] = NEVER;
+            if (left - 2 * quad <= 8 * (i / 4) + i % 2) s[i] = -INFINITE;
         }
-        float top[4] = {NEVER, NEVER, NEVER, NEVER};
+        float top[4] = {-INFINITE, -INFINITE, -INFINITE, -INFINITE};
 #pragma unroll
         for (int i = 0; i < 64; i++) top[i % 4] = fmaxf(top[i % 4], s[i]);
         float high[2];
@@ -377,67 +318,49 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_bl
         for (int i = 0; i < BLOCK / 16; i++) weighted(o, p + 4 * i, v_part + i * (16 * 128 / 16));
         commit();
       };
-      auto gathered = [&]() {
+      auto gathered = [&]() {  // behind the end of a basic block: ptxas would wait at its beginning
         wait_products<0>();
         hold(o);
         __syncwarp();
         if (lane == 0) arrive(&sh.v_empty[v.at]);
         v.step();
       };
-      auto come = [&]() { wait(&sh.v_full[v.at], v.phase); };
+      auto come = [&]() { wait(&sh.v_full[v.at], v.phase); };  // the last block's values have
       int rest = count - 1;
-      auto step = [&](u32(&p)[32], u32(&then)[32]) {
+      auto step = [&](u32(&p)[32], u32(&then)[32]) {  // from the weights of a block to those of the next
         come();
-        my_turn();
         ask();
         gather(p);
-        your_turn();
         wait_products<1>();
         asked();
         measure();
         weigh();
-#if PAIRS
         round(then);
         hold(then);
-#else
-        hold(s);
-#endif
         rest--;
         if (rest) ready();
-#if !QREG
         else leave_tile();
-#endif
         gathered();
         if (grown) {
 #pragma unroll
           for (int i = 0; i < D / 2; i++) o[i] *= fade[i / 2 % 2];
         }
-#if !PAIRS
-        round(then);
-#endif
       };
       auto end = [&](u32(&p)[32]) {
         come();
-        my_turn();
         gather(p);
-        your_turn();
         gathered();
       };
       if (count > 0) {
         ready();
-        my_turn();
         ask();
-        your_turn();
         wait_products<0>();
         asked();
         measure();
         weigh();
         round(p);
         if (rest) ready();
-#if !QREG
         else leave_tile();
-#endif
-#if PAIRS
 #pragma unroll 1
         for (;;) {
           if (!rest) {
@@ -451,11 +374,6 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_bl
           }
           step(other_p, p);
         }
-#else
-#pragma unroll 1
-        while (rest) step(p, p);
-        end(p);
-#endif
       }
 
       // the answer

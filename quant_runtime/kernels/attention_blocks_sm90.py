@@ -18,7 +18,7 @@ from quant_runtime.kernels._triton import processors
 SIZES = (64, 128)
 BLOCK = 128
 THREADS = 3 * 128  # one group of warps brings the tiles, two multiply
-STAGES = 2
+SLOTS, STAGES = 2, 2  # how many tiles of Q, and blocks of K and of V, are there at once
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -56,7 +56,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, softma
 
 @functools.cache
 def _kernel(device: torch.device, size: int, dtype: torch.dtype) -> _cuda.Kernel:
-    tile = BLOCK * size * 2
-    shared = 1024 + (2 + 2 * STAGES) * tile + 1024  # alignment; two tiles of Q, K and V; the rest
-    defines = (("D", size), ("HALF", int(dtype == torch.float16)), ("STAGES", STAGES))
+    tile = 2 * BLOCK * size
+    shared = 1024 + (SLOTS + 2 * STAGES) * tile + 1024  # alignment, Q, K and V, the rest
+    defines = (("D", size), ("HALF", int(dtype == torch.float16)), ("SLOTS", SLOTS), ("STAGES", STAGES))
     return _cuda.Kernel("attention_blocks_sm90.cu", "attention_blocks_sm90", shared, defines)
