@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from quant_runtime import selftest
+from quant_runtime.attention import AttentionPlan, AttentionState, attend
 from quant_runtime.kernels import _cuda, attention_blocks, attention_blocks_sm90
+from quant_runtime.sparsity.base import TokenLayout
+from quant_runtime.sparsity.topk import TopK
 from tests.quant_runtime.kernels.inputs import lists
 from tests.quant_runtime.kernels.test_attention_blocks import VALUES_ROUNDED, arguments
 from tests.support import relative_error
@@ -113,3 +117,20 @@ def test_it_is_what_runs_there_and_triton_runs_the_rest(size, device):
     args = arguments((1, 2, 300, 300, size, 128, 128), device, torch.bfloat16)
     want = attention_blocks.launch(*args) if size == 32 else run(args)
     assert torch.equal(attention_blocks.attention_blocks(*args[:7]), want)
+
+
+def test_the_self_test_tries_it_in_a_plan_of_16_bits(device):
+    plan = AttentionPlan(TopK(0.25, block=128), qk_bits=16)
+    needs = selftest.Needs((), plan, attention_blocks_sm90.SIZES, TokenLayout(5, 10, 12, text=7), torch.bfloat16)
+    report = selftest.run(selftest.pieces(needs, device), device)
+    assert (report.verdict, report.versions["attention_blocks"]) == ("passed", attention_blocks.HOPPER)
+
+
+def test_a_plan_that_keeps_every_block_answers_what_a_dense_one_does(device):
+    layout = TokenLayout(4, 10, 16, text=9)
+    q, k, v = torch.randn(2, layout.tokens, 3, 3, 128, device=device).bfloat16().permute(2, 0, 3, 1, 4)
+    dense, sparse = (
+        attend(q, k, v, layer=0, layout=layout, state=AttentionState(plan))
+        for plan in (AttentionPlan(), AttentionPlan(TopK(1.0, block=128), qk_bits=16))
+    )
+    assert relative_error(sparse, dense) < VALUES_ROUNDED
