@@ -157,7 +157,7 @@ def attention_bfloat16(device: torch.device, rounds: int, of: Shape = HUNYUAN) -
         return attention_blocks(*heads_of(qkv, of), *lists, BLOCK, BLOCK)
 
     def errors(lists: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor] | None) -> dict[str, float]:
-        inputs = {"random": qkv, "outliers": outliers(qkv)}
+        inputs = {"random": qkv, "outliers": outliers(qkv).bfloat16()}
         return {name: short(attention_error(attend(given, lists), given, of, seen)) for name, given in inputs.items()}
 
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):

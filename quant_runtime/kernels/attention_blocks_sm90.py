@@ -32,13 +32,14 @@ def launch(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, softma
     (batch, heads, tokens, size), keys = q.shape, k.shape[2]
     rows = -(-tokens // BLOCK)
     tiles = batch * heads * rows
+    q, k, v = (t if _cuda.tiled(t) else t.contiguous() for t in (q, k, v))
     kept = kept if kept.stride(3) == 1 else kept.contiguous()
     out = torch.empty(batch, tokens, heads, size, dtype=v.dtype, device=v.device)
     with torch.cuda.device(q.device):
         _kernel(q.device, size, q.dtype)(
             min(processors(q.device), tiles),
             THREADS,
-            *(_cuda.head_tiles(t if _cuda.tiled(t) else t.contiguous(), BLOCK) for t in (q, k, v)),
+            *(_cuda.head_tiles(t, BLOCK) for t in (q, k, v)),
             kept,
             counts,
             out,
