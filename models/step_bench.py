@@ -4,8 +4,9 @@ The network has random weights: time and memory do not depend on what they are. 
 GPU, the baseline first: diffusers' own network in bfloat16, its attention through cuDNN and without the mask that it
 would build (all text is real here, and a mask slows it), eagerly and with its blocks compiled. Then its layers are
 quantized in place, and the same step runs once dense and once at each density. Of either side a pass of few tokens is
-launched as one. `error` is relative, against the eager
-baseline's answer: of random weights it shows that the same function is computed, not what a film loses.
+launched as one. `error` is relative, against the eager baseline's answer: of random weights it shows that the same
+function is computed, not what a film loses. "compiling" is what a run of ours waited for the first time, of kernels
+that those before it had no use for.
 
 With --steps a whole run of so many steps at the first density is timed besides, its dense steps among them: those of
 --warmup, and with --refresh N one behind every N sparse ones, at which what they lose is cached anew.
@@ -34,6 +35,7 @@ from models.published import PUBLISHED
 from models.video import VideoModel
 from quant_runtime import fields, report
 from quant_runtime.attention import AttentionPlan
+from quant_runtime.compiles import recorded
 from quant_runtime.graphs import MOST_TOKENS, ByGraph
 from quant_runtime.residual import Residual
 from quant_runtime.sparsity import POLICIES
@@ -209,7 +211,13 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
             plan = AttentionPlan(policy(chosen.policy, density), pv_bits=8)
         model.attend(plan)
         run = f"{chosen.bits.upper()} {chosen.method} " + ("dense" if density is None else said(chosen.policy, density))
-        yield from measured(run)
+        with recorded() as compiles:
+            found = measured(run)
+        yield from found
+        if compiles:
+            told = {"kernels": len(compiles), "of these read from the disk": sum(one.cached for one in compiles)}
+            took = sum(one.seconds for one in compiles)
+            yield report.row(f"{case} {run}", "compiling", took, "s", "lower", samples=1, error=told)
         if chosen.profile is not None:
             profile(step, chosen.profile / f"{name}-{density or 'dense'}.txt")
 
