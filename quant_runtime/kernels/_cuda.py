@@ -147,15 +147,16 @@ def head_tiles(x: Tensor, rows: int) -> Any:
 def _compiled(source: Path, defines: Defines) -> tuple[bytes, bool]:
     """Machine code for sm_90a, and whether it lay on the disk, where Triton keeps its own."""
     text = source.read_bytes()
+    common = {one.name.encode(): one.read_bytes() for one in sorted(source.parent.glob("*.cuh"))}
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{name}={value}".encode() for name, value in defines)]
     version = _checked(nvrtc.nvrtcVersion())
-    name = hashlib.sha256(repr((version, options)).encode() + text).hexdigest()
+    name = hashlib.sha256(repr((version, options, common)).encode() + text).hexdigest()
     kept = Path(triton.knobs.cache.dir) / f"{source.stem}-{name[:32]}.cubin" if triton is not None else None
     if kept is not None:
         with suppress(OSError):  # not there, or another user's: then it is compiled
             return kept.read_bytes(), True
 
-    program = _checked(nvrtc.nvrtcCreateProgram(text, source.name.encode(), 0, [], []))
+    program = _checked(nvrtc.nvrtcCreateProgram(text, source.name.encode(), len(common), [*common.values()], [*common]))
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))

@@ -12,13 +12,7 @@
 // The largest score is not followed exactly: weights are relative to the largest at the time it was last looked up, and
 // may be 2**SLACK times as large as one. Up to that nothing is scaled again, and no thread asks another.
 
-typedef unsigned long long u64;
-typedef unsigned int u32;
-typedef long long i64;
-
-struct alignas(64) TensorMap {
-  char bytes[128];
-};
+#include "sm90.cuh"
 
 constexpr int BLOCK = 128, GROUPS = 2;
 constexpr int PART_BYTES = BLOCK * 128;          // 64 channels of a block, rows of 128 bytes
@@ -26,26 +20,6 @@ constexpr int TILE_BYTES = D / 64 * PART_BYTES;  // all of them, 64 behind 64
 constexpr int ENDS = 4;                          // tiles in front of a head that may have long lists
 constexpr float SLACK = 8.0f;                    // both kinds of 16 bits end at 2**15 or more
 #define INFINITE __int_as_float(0x7F800000)
-
-__device__ __forceinline__ u32 address_of(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u64 *bar, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(bar)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void expect(u64 *bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(bar)), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u64 *bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(bar)) : "memory");
-}
-
-__device__ __forceinline__ void wait(u64 *bar, int phase) {
-  asm volatile(
-      "{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done:}"
-      ::"r"(address_of(bar)), "r"(phase) : "memory");
-}
 
 // 128 tokens of a head from the given one on, all its channels; zeros for tokens behind the last.
 __device__ __forceinline__ void copy_tile(u32 to, const TensorMap *map, int token, int head, int batch, u64 *bar) {
@@ -58,25 +32,6 @@ __device__ __forceinline__ void copy_tile(u32 to, const TensorMap *map, int toke
 // next 64 columns lie a part further.
 __device__ __forceinline__ u64 described(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (u64)(PART_BYTES >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
-__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int LEFT> __device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-
-// Nothing that computes or reads these registers moves across.
-template <int N> __device__ __forceinline__ void hold(float (&r)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(r[i])::"memory");
-}
-
-template <int N> __device__ __forceinline__ void hold(u32 (&r)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+r"(r[i])::"memory");
 }
 
 __device__ __forceinline__ float exp2_of(float x) {
