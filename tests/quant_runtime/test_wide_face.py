@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from quant_runtime import narrow_linear
+from quant_runtime import wide_face
 from quant_runtime.kernels import _cpu
 from quant_runtime.wide_face import FacedEmbedding, FacedLinear, face, faceable
 from tests.support import relative_error
@@ -31,7 +31,7 @@ def network(dtype=torch.bfloat16):
 
 @pytest.fixture(autouse=True)
 def small_ones_count(monkeypatch):
-    monkeypatch.setattr(narrow_linear, "LARGE", 10)
+    monkeypatch.setattr(wide_face, "LEAST", 10)
 
 
 def test_large_layers_and_embeddings_can_and_nothing_that_may_be_more():
