@@ -11,7 +11,7 @@ import textwrap
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import UMT5Config
+from transformers import UMT5Config, UMT5EncoderModel
 
 from models import load, stream, synthetic
 from models.wan import Wan
@@ -133,7 +133,9 @@ def test_the_peak_of_loading_is_the_artifact_and_little_more(small, tmp_path):
         network = Wan.transformer.from_config(config)
     synthetic.write_network(network, tmp_path / "checkpoint" / "transformer", torch.bfloat16, 1 << 28, 0, nothing)
     shutil.rmtree(tmp_path / "checkpoint" / "text_encoder")
-    synthetic.write_encoder(UMT5Config(**ENCODER), tmp_path / "checkpoint" / "text_encoder", 1 << 27, 0)
+    synthetic.write_encoder(
+        UMT5EncoderModel, UMT5Config(**ENCODER), tmp_path / "checkpoint" / "text_encoder", 1 << 27, 0
+    )
     assert len([*(tmp_path / "checkpoint" / "text_encoder").glob("model-*.safetensors")]) == 2
     manifest = compressed(tmp_path / "checkpoint", tmp_path / "large")
     shutil.rmtree(tmp_path / "checkpoint")
