@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, Type
 from torch import Tensor, nn
 
 LARGEST_HEADER = 100_000_000  # bytes: what the format allows
-PASSED = 1 << 24  # bytes of the host through which passes what does not stay there
+PASSED = 1 << 22  # bytes that are read at once: they are still in the cache as they are hashed and copied
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

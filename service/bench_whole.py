@@ -54,19 +54,24 @@ class Loaded:
 class Asked:
     scratch: Path  # a folder
     device: str
-    layers: int | None  # of the text encoder, where not all
+    blocks: int | None = None  # of the network, of each kind that it has, where not all
+    layers: int | None = None  # of the text encoder
 
 
 def rows(name: str, asked: Asked) -> Iterator[dict[str, Any]]:
-    out, (network, parts) = asked.scratch / f"{name}-rtn-w4a8", described(name, asked.layers)
+    out, (network, parts) = asked.scratch / f"{name}-rtn-w4a8", described(name, asked)
     with ProcessPoolExecutor(1, get_context("spawn")) as aside:  # its peak would be counted into those of its siblings
         aside.submit(make, network, parts, out).result()
     files = artifact.read_manifest(out).files
     size = sum(record.bytes for record in files.values())
-    each = {part: sum(its.bytes for file, its in files.items() if file.startswith(f"{part}/")) for part in parts}
+    each = {
+        part: sum(its.bytes for file, its in files.items() if file.startswith(f"{part}/"))
+        for part in ("transformer", *parts)
+    }
     disk = tried(asked.scratch)
     whole, alone = ("the artifact", size / GIB), ("the disk alone", disk.seconds(size, 0))
-    case = name if asked.layers is None else f"{name} and {asked.layers} layers of its text encoder"
+    depths = {"blocks of each kind": asked.blocks, "layers of its text encoder": asked.layers}
+    case = " and ".join([name, *(f"{depth} {what}" for what, depth in depths.items() if depth is not None)])
     for way, how in WAYS.items():
         if way == "float32" and asked.device != "cpu":
             continue
@@ -99,14 +104,17 @@ def _opened_aside(folder: Path, way: str, device: str) -> Loaded:
     return Loaded(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def described(name: str, layers: int | None) -> tuple[Published, Mapping[str, Part]]:
-    """A published network and what is around it, its text encoder with so many layers."""
+def described(name: str, asked: Asked) -> tuple[Published, Mapping[str, Part]]:
+    """A published network and what is around it, as deep as it was asked for."""
     network = PUBLISHED[name]
     parts = dict(PARTS[network.family])
-    if layers is not None:
+    if asked.blocks is not None:
+        fields = {"num_layers", "num_single_layers"} & network.on_meta().config.keys()
+        network = replace(network, config={**network.config, **dict.fromkeys(fields, asked.blocks)})
+    if asked.layers is not None:
         encoder = parts["text_encoder"]
         depth = next(field for field in ("num_layers", "num_hidden_layers") if field in encoder.config)
-        parts["text_encoder"] = replace(encoder, config={**encoder.config, depth: layers})
+        parts["text_encoder"] = replace(encoder, config={**encoder.config, depth: asked.layers})
     return network, parts
 
 
@@ -198,6 +206,7 @@ def main() -> None:
     measured = kinds.add_parser("whole")
     measured.add_argument("network", help="by its name in models/published.py: hunyuan-video, wan-2.1-1.3b ...")
     measured.add_argument("--scratch", type=Path, required=True, help="has room for it in 16 bits and for its artifact")
+    measured.add_argument("--blocks", type=int, help="of the network, of each kind that it has, where not all")
     measured.add_argument("--layers", type=int, help="of the text encoder, where not all")
     measured.add_argument("--device", default="cpu", help="cpu or cuda")
     measured.add_argument("--out", type=Path, default=Path("docs/results"))
@@ -209,7 +218,7 @@ def main() -> None:
     if chosen.kind == "open":
         print(json.dumps(asdict(opened(chosen.folder, chosen.way, chosen.device))))
         return
-    asked = Asked(chosen.scratch, chosen.device, chosen.layers)
+    asked = Asked(chosen.scratch, chosen.device, chosen.blocks, chosen.layers)
     device = torch.device(chosen.device)
     path = chosen.out / f"whole-{chosen.network}-{device.type}.jsonl"
     report.write(path, "whole", told(rows(chosen.network, asked)), ["lowbit", "bench", *sys.argv[1:]], device)

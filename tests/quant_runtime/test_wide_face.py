@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from copy import deepcopy
 
 import pytest
 import torch
@@ -77,3 +78,33 @@ def test_what_is_wide_stays_as_it_is():
     made = network(torch.float32)
     face(made, faceable(made))
     assert [type(layer) for layer in (made.words, made.first)] == [nn.Embedding, nn.Linear]
+
+
+class Padded(nn.Conv3d):
+    """As autoencoders have them."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 0, 0, 0, 2, 0)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (1, 4, 7, 9)),
+        (nn.Conv3d(4, 6, (1, 3, 3), stride=(1, 2, 2)), (1, 4, 3, 7, 9)),
+        (Padded(4, 6, 3, bias=False), (2, 4, 3, 7, 9)),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_a_convolution_behind_its_face_answers_bit_for_bit_what_it_does_in_float32(layer, shape):
+    got = nn.Sequential(layer.bfloat16().requires_grad_(False))
+    want = deepcopy(got).float()
+    assert faceable(got) == ["0"]
+    face(got, ["0"])
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.float()
+    assert layer.behind.dtype == torch.bfloat16
+    assert layer.weight.isnan().all()
+    assert {its.dtype for its in got.parameters()} == {torch.float32}
+    x = torch.randn(shape)
+    assert torch.equal(got(x), want(x))

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from torch import nn
 
 from models.published import PARTS, PUBLISHED, Part
 from service import bench, bench_whole
@@ -25,7 +26,7 @@ def test_a_whole_artifact_is_made_opened_in_each_way_and_gone(tmp_path, monkeypa
     monkeypatch.setitem(PUBLISHED, "small", WAN)
     monkeypatch.setitem(PARTS, "wan", SMALL)
     monkeypatch.setattr(bench, "TRIED", bench.BLOCK)
-    rows = [*bench_whole.rows("small", Asked(tmp_path, "cpu", 3))]
+    rows = [*bench_whole.rows("small", Asked(tmp_path, "cpu", layers=3))]
     ways = ("hashes checked", "hashes not checked", "hashes checked, no bfloat16")
     assert [(row["case"], row["metric"]) for row in rows] == [
         (f"small and 3 layers of its text encoder, {way}", metric)
@@ -37,16 +38,20 @@ def test_a_whole_artifact_is_made_opened_in_each_way_and_gone(tmp_path, monkeypa
     assert above["value"] >= 0
     whole = most["baseline"]["value"] * bench.GIB
     assert whole > sum(most["error"].values()) > whole / 2
-    assert most["error"].keys() == SMALL.keys()
+    assert most["error"].keys() == {"transformer", *SMALL}
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_layers_of_a_text_encoder_are_those_that_were_asked_for():
+def test_network_and_text_encoder_are_as_deep_as_was_asked_for(tmp_path):
+    whole, small = Asked(tmp_path, "cpu"), Asked(tmp_path, "cpu", blocks=3, layers=4)
     for name, depth in (("wan-2.1-1.3b", "num_layers"), ("hunyuan-video", "num_hidden_layers")):
-        network, parts = bench_whole.described(name, 4)
-        assert network is PUBLISHED[name]
+        network, parts = bench_whole.described(name, small)
         assert parts["text_encoder"].config[depth] == 4
-        assert bench_whole.described(name, None)[1] == PARTS[network.family]
+        made = network.on_meta()
+        kinds = [blocks for blocks in made.children() if isinstance(blocks, nn.ModuleList)]
+        assert {len(blocks) for blocks in kinds} == {3}
+        assert len(kinds) == (1 if name.startswith("wan") else 2)
+        assert bench_whole.described(name, whole) == (PUBLISHED[name], PARTS[network.family])
 
 
 def test_what_is_held_for_a_moment_is_seen():
