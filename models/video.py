@@ -282,7 +282,11 @@ class VideoModel(ABC):
         ]
 
     def fuse_projections(self) -> None:
-        """Quantized projections of one input become one layer, so that it is rounded once; not those that differ."""
+        """Quantized projections of one input become one layer, so that it is rounded once; not those that differ.
+
+        On a CPU what they took is given back as they go: it lies in pieces between what stays, and none of these is
+        large enough for the next layer.
+        """
         for attention in [a for part in networks(self.network).values() for a in self.attentions(part).values()]:
             for fused, group in self.projections.items():
                 layers = [layer for name in group if isinstance(layer := getattr(attention, name, None), QuantLinear)]
@@ -290,6 +294,9 @@ class VideoModel(ABC):
                     setattr(attention, fused, fuse(layers))
                     for name in group:
                         delattr(attention, name)
+                    del layers
+                    if self._device().type == "cpu":
+                        give_back_freed_memory()
 
     def projected(self, attention: Any, x: Tensor, fused: str = "fused_qkv") -> Sequence[Tensor]:
         """x [B, N, C] as queries, keys and values [B, N, H * D] of `attention`, whether its layers are fused or not."""
