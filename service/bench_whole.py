@@ -48,6 +48,7 @@ class Loaded:
     peak: int  # of the host, seen while it was loaded
     most: int  # of the host, ever: no less than the peak
     device: int  # on a GPU, at its peak
+    reserved: int  # there, with what torch keeps for what comes
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def rows(name: str, asked: Asked) -> Iterator[dict[str, Any]]:
         yield _least(this, "host memory above that", (got.peak - got.before) / GIB, "GiB", whole, above)
         yield _least(this, "peak memory", got.most / GIB, "GiB", whole, each)
         if asked.device != "cpu":
-            yield _least(this, "device memory", got.device / GIB, "GiB", whole)
+            yield _least(this, "device memory", got.device / GIB, "GiB", whole, {"reserved": got.reserved})
         yield _least(this, "time", got.seconds, "s", alone, cores)
         rate, most = size / got.seconds / 1e6, ("the disk alone", disk.reads / 1e6)
         yield report.row(this, "loaded", rate, "MB/s", "higher", samples=1, baseline=most)
@@ -170,10 +171,11 @@ def opened(folder: Path, way: str, device: str) -> Loaded:
             if device != "cpu":
                 torch.cuda.synchronize(device)
         seconds = time.perf_counter() - begun
-    held = torch.cuda.max_memory_allocated(device) if device != "cpu" else 0
+    gpu = device != "cpu"
+    held = (torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)) if gpu else (0, 0)
     assert model.pipe.vae is not None  # all of it is still held
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return Loaded(seconds, usage.ru_utime + usage.ru_stime, before, max(seen), usage.ru_maxrss * 1024, held)
+    return Loaded(seconds, usage.ru_utime + usage.ru_stime, before, max(seen), usage.ru_maxrss * 1024, *held)
 
 
 def resident() -> int:
