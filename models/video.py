@@ -37,6 +37,7 @@ from quant_runtime import artifact, quality
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, SharedState, describe_paths
 from quant_runtime.convert import prepare
+from quant_runtime.graphs import MOST_TOKENS, ByGraph
 from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.linear import QuantLinear, fusable, fuse
 from quant_runtime.memory import host_room, room
@@ -151,6 +152,7 @@ class VideoModel(ABC):
         self._signature = inspect.signature(pipe.transformer.forward)
         for network in networks(self.network).values():
             network.register_forward_pre_hook(self._before, with_kwargs=True)
+        self.by_graph: list[ByGraph] = []
         self.attend(AttentionPlan())
 
     def denoiser(self, pipe: Any) -> nn.Module:
@@ -184,11 +186,31 @@ class VideoModel(ABC):
     def attend(self, plan: AttentionPlan) -> None:
         """Each network gets a state of its own: what is kept of its layers is not another's."""
         self.suits(self.network, plan)
+        self._forget_recordings()
         states = {prefix.removesuffix("."): AttentionState(plan) for prefix in networks(self.network)}
         self.attention = SharedState(states) if len(states) > 1 else states[""]
         for network, state in zip(networks(self.network).values(), states.values(), strict=True):
             for layer, attention in enumerate(self.attentions(network).values()):
                 attention.set_processor(self.processor(layer, self, state))
+
+    def launch_as_one(self) -> None:
+        """Passes of few tokens, from the third that is alike on: for a GPU, and networks that stay as they are."""
+        for prefix, network in networks(self.network).items():
+            own: Any = network
+            states = partial(self._states, prefix.removesuffix("."))
+            own.forward = ByGraph(own.forward, states, self._few)
+            self.by_graph.append(own.forward)
+
+    def _states(self, name: str) -> list[AttentionState]:
+        shared = self.attention
+        return [shared.states[name] if isinstance(shared, SharedState) else shared]
+
+    def _few(self, hidden_states: Tensor, **given: Any) -> bool:
+        return len(hidden_states) * self.layout.tokens <= MOST_TOKENS
+
+    def _forget_recordings(self) -> None:
+        for its in self.by_graph:
+            its.forget()
 
     @classmethod
     def suits(cls, network: nn.Module, plan: AttentionPlan) -> None:
@@ -392,6 +414,7 @@ class VideoModel(ABC):
                 self.attention.at(step + 1)
             else:
                 self.attention.finish()  # decoding has the memory
+                self._forget_recordings()
                 clock.lap("denoise")
             return tensors
 
@@ -408,6 +431,7 @@ class VideoModel(ABC):
             ).frames[0]
         finally:
             self.attention.finish()  # of a film that was broken off, too
+            self._forget_recordings()
         if not bool(torch.isfinite(video).all()):
             raise FloatingPointError("the model made values that are not finite")
         frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -608,6 +632,8 @@ class PipelineFamily(ABC, Generic[M]):
         model.fuse_projections()
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
+        if torch.device(device).type == "cuda":
+            model.launch_as_one()
         return model
 
     def hashed(self, folder: Path) -> tuple[str, ...]:
