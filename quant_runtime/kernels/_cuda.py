@@ -80,22 +80,24 @@ class Kernel:
 
 
 def tiles(x: Tensor, rows: int, columns: int) -> Any:
-    """How the copy engine takes tiles [rows, columns] of x [R, C], one byte an element, into rows of 128 bytes.
+    """How the copy engine takes tiles [rows, columns] of x [R, C], one or two bytes an element, as rows of 128 bytes.
 
-    In each eight rows, 16-byte pieces lie swizzled as the matrix units read them; beyond x there are zeros.
+    In each eight rows, 16-byte pieces lie swizzled as the matrix units read them; beyond x there are zeros, and what is
+    stored there is dropped.
     """
-    if x.dim() != 2 or x.element_size() != 1 or x.stride(1) != 1 or x.stride(0) % 16 or columns != 128:
-        raise ValueError(
-            f"tiles takes bytes [R, C], rows at multiples of 16; got {x.dtype} {list(x.shape)} {x.stride()}"
-        )
+    size = x.element_size()
+    if x.dim() != 2 or size > 2 or x.stride(1) != 1 or x.stride(0) * size % 16 or columns * size != 128:
+        found = f"{x.dtype} {list(x.shape)} {x.stride()}"
+        raise ValueError(f"tiles takes [R, C] of 1 or 2 bytes, rows at multiples of 16, 128 bytes wide; got {found}")
     d, u32, u64 = driver, driver.cuuint32_t, driver.cuuint64_t
+    kind = d.CUtensorMapDataType
     return _checked(
         d.cuTensorMapEncodeTiled(
-            d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            kind.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kind.CU_TENSOR_MAP_DATA_TYPE_UINT16,
             2,
             x.data_ptr(),
             [u64(x.shape[1]), u64(x.shape[0])],
-            [u64(x.stride(0))],
+            [u64(x.stride(0) * size)],
             [u32(columns), u32(rows)],
             [u32(1), u32(1)],
             d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

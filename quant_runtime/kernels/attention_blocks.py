@@ -87,6 +87,38 @@ def reference(
     k_scale: Tensor | None,
     softmax_scale: float,
 ) -> Tensor:
+    scores = _kept_scores(q, k, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+    unseen = scores.isneginf()
+    return _answer(q, v).copy_(scores.softmax(dim=-1).masked_fill(unseen, 0.0) @ v.double())
+
+
+def lse_reference(
+    q: Tensor,
+    k: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    """float64 [B, H, N]: the logarithm of the sum of exp(scores) over the kept keys; -inf of none."""
+    return _kept_scores(q, k, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale).logsumexp(dim=-1)
+
+
+def _kept_scores(
+    q: Tensor,
+    k: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    """float64 [B, H, N, M], -inf of keys that are not kept."""
     scores = q.double() @ k.double().mT * softmax_scale
     if q_scale is not None and k_scale is not None:
         scores = scores * _per_token(q_scale, q.shape[2], block_q)[..., :, None]
@@ -94,8 +126,7 @@ def reference(
     seen = key_mask(kept, counts, -(-k.shape[2] // block_k))
     seen = seen.repeat_interleave(block_q, dim=2)[:, :, : q.shape[2]]
     seen = seen.repeat_interleave(block_k, dim=3)[..., : k.shape[2]]
-    probabilities = scores.masked_fill(~seen, -math.inf).softmax(dim=-1).masked_fill(~seen, 0.0)
-    return _answer(q, v).copy_(probabilities @ v.double())
+    return scores.masked_fill(~seen, -math.inf)
 
 
 def key_mask(kept: Tensor, counts: Tensor, blocks: int) -> Tensor:
