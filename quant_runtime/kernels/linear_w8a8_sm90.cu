@@ -7,32 +7,13 @@
 //
 // Sums are whole numbers in the matrix unit's registers from a tile's first channel to its last.
 
-typedef unsigned long long u64;
-typedef unsigned int u32;
-
-struct alignas(64) TensorMap {
-  char bytes[128];
-};
+#include "sm90.cuh"
 
 constexpr int ROWS = 128, COLUMNS = 256, STEP = 128, GROUPS = 2;
 constexpr int X_BYTES = ROWS * STEP, W_BYTES = COLUMNS * STEP, W_PART = W_BYTES / CLUSTER;
 constexpr int GROUP = 8;   // clusters' rows that share their columns' w while it is in cache
 constexpr int CHUNK = 64;  // columns that a warp stores at a time, 16 rows of them
 constexpr int CHUNK_BYTES = 16 * CHUNK * 2;
-
-__device__ __forceinline__ u32 address_of(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u64 *bar, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(bar)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void expect(u64 *bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(bar)), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u64 *bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(bar)) : "memory");
-}
 
 // At the same barrier of another program of the cluster.
 __device__ __forceinline__ void arrive_at(u64 *bar, int program) {
@@ -42,20 +23,8 @@ __device__ __forceinline__ void arrive_at(u64 *bar, int program) {
       ::"r"(address_of(bar)), "r"(program) : "memory");
 }
 
-__device__ __forceinline__ void wait(u64 *bar, int phase) {
-  asm volatile(
-      "{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done:}"
-      ::"r"(address_of(bar)), "r"(phase) : "memory");
-}
-
 __device__ __forceinline__ void cluster_meets() {
   asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void copy_tile(u32 to, const TensorMap *map, int x, int y, u64 *bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-      ::"r"(to), "l"(map), "r"(address_of(bar)), "r"(x), "r"(y) : "memory");
 }
 
 // To the same place of every program of the cluster, and each one's barrier is told.
@@ -81,20 +50,6 @@ template <int LEFT> __device__ __forceinline__ void wait_stores() {  // until th
 // Rows of 128 bytes, swizzled in groups of eight, as copy_tile leaves them.
 __device__ __forceinline__ u64 described(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
-__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int LEFT> __device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-
-// Nothing that computes or reads these registers moves across.
-__device__ __forceinline__ void hold(int (&s)[128]) {
-#pragma unroll
-  for (int i = 0; i < 128; i++) asm volatile("" : "+r"(s[i])::"memory");
 }
 
 #define FOUR(i) "+r"(s[i]), "+r"(s[i + 1]), "+r"(s[i + 2]), "+r"(s[i + 3])
