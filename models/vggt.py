@@ -262,7 +262,7 @@ class Vggt:
     def components(self, folder: Path) -> tuple[str, ...]:
         return (self.component,)
 
-    def hashed(self, folder: Path, device: str) -> tuple[str, ...]:
+    def hashed(self, folder: Path) -> tuple[str, ...]:
         return self.components(folder)
 
     def recognizes(self, folder: Path) -> bool:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import quant_runtime.diffusers
-from models import convolutions, encoders, packed_pieces, run_record, video_files
+from models import autoencoders, convolutions, encoders, packed_pieces, run_record, video_files
 from models.base import BadInput, Kind, NoRoom, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
 from models.packed_pieces import Packing
 from models.precision import fast_float
@@ -304,7 +304,11 @@ class VideoModel(ABC):
         ]
 
     def fuse_projections(self) -> None:
-        """Quantized projections of one input become one layer, so that it is rounded once; not those that differ."""
+        """Quantized projections of one input become one layer, so that it is rounded once; not those that differ.
+
+        On a CPU what they took is given back as they go: it lies in pieces between what stays, and none of these is
+        large enough for the next layer.
+        """
         for attention in [a for part in networks(self.network).values() for a in self.attentions(part).values()]:
             for fused, group in self.projections.items():
                 layers = [layer for name in group if isinstance(layer := getattr(attention, name, None), QuantLinear)]
@@ -312,6 +316,9 @@ class VideoModel(ABC):
                     setattr(attention, fused, fuse(layers))
                     for name in group:
                         delattr(attention, name)
+                    del layers
+                    if self._device().type == "cpu":
+                        give_back_freed_memory()
 
     def projected(self, attention: Any, x: Tensor, fused: str = "fused_qkv") -> Sequence[Tensor]:
         """x [B, N, C] as queries, keys and values [B, N, H * D] of `attention`, whether its layers are fused or not."""
@@ -603,7 +610,7 @@ class PipelineFamily(ABC, Generic[M]):
         """In bfloat16 where the device multiplies it itself, else in float32.
 
         On a CPU int8 layers come with float32 around them: there norms and roundings are faster so. What is large among
-        it stays in 16 bits, and so it is in the encoders: they all take the memory that the artifact has bytes.
+        it stays in 16 bits, and so it is in encoders and autoencoder: all take the memory that the artifact has bytes.
         """
         self.check(folder)
         half, around = fast_float(device), self.around(manifest, device)
@@ -613,12 +620,12 @@ class PipelineFamily(ABC, Generic[M]):
             its = dtypes.get(component, dtypes["default"])
             narrow = device == "cpu" and bool(manifest.layers)
             networks[component] = self.network(folder, component, device, its, digests, narrow)
-        for part, kind in self._encoders(folder, device).items():
+        for part, (read, kind) in self._beside(folder).items():
             own = artifact.weights(manifest, part)
             digests = {Path(name).name: digest for name, digest in own.items()} if check else None
-            encoder = encoders.read(folder / part, kind, dtypes.get(part, dtypes["default"]), digests)
-            if encoder is not None:
-                networks[part] = encoder
+            made = read(folder / part, kind, dtypes.get(part, dtypes["default"]), device, digests)
+            if made is not None:
+                networks[part] = made
             elif check:
                 artifact.verify(folder, manifest, later=manifest.files.keys() - own.keys())
         model = self.load(folder, device, dtypes, given=networks)
@@ -629,12 +636,16 @@ class PipelineFamily(ABC, Generic[M]):
             model.launch_as_one()
         return model
 
-    def hashed(self, folder: Path, device: str) -> tuple[str, ...]:
-        return (*self.components(folder), *self._encoders(folder, device))
+    def hashed(self, folder: Path) -> tuple[str, ...]:
+        return (*self.components(folder), *self._beside(folder))
 
-    def _encoders(self, folder: Path, device: str) -> dict[str, Any]:
-        """Those that are read by us, and their classes."""
-        return encoders.kinds(index(folder)) if device == "cpu" else {}
+    def _beside(self, folder: Path) -> dict[str, tuple[Any, Any]]:
+        """The parts of the pipeline that are models and do not shrink: what reads each, and its class."""
+        named, shrink = index(folder), self.components(folder)
+        coders = {part: kind for part, kind in autoencoders.kinds(named).items() if part not in shrink}
+        return {part: (encoders.read, kind) for part, kind in encoders.kinds(named).items()} | {
+            part: (autoencoders.read, kind) for part, kind in coders.items()
+        }
 
     def around(self, manifest: Manifest, device: str) -> torch.dtype:
         """What goes from layer to layer of an artifact's network."""
