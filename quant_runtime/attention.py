@@ -456,7 +456,7 @@ def describe_paths(device: torch.device | str) -> dict[str, str]:
     its own name, with the reason.
     """
     device = torch.device(device)
-    linear, fp8 = _run_by(device, "linear_w8a8", "linear_w4a8"), _run_by(device, "linear_fp8")
+    linear, fp8 = _run_by(device, "linear_w8a8", "linear_packed"), _run_by(device, "linear_fp8")
     if device.type != "cpu":
         present = has_fp8(device)
         values = "16-bit or FP8 PV" if present else "16-bit PV: this GPU has no FP8"

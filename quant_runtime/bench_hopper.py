@@ -225,10 +225,15 @@ def fused(device: torch.device, rounds: int) -> Rows:
     text = torch.arange(TOKENS - TEXT, TOKENS, dtype=torch.int32, device=device)
     by_patch = torch.cat([video, text]).expand(1, HEADS, TOKENS).contiguous()  # an order for each head
     packed_w = torch.randint(0, 256, (4 * INNER, INNER // 2), device=device, dtype=torch.uint8)
+    packed_3 = packed_w[:, : 3 * INNER // 8].contiguous()
+    wide_signs = signs.repeat(4)
     values = TOKENS * INNER
     copied = timed(lambda: inner.clone(), rounds)
     speed = 16 * values / median(copied) / 1e6
     yield report.row("copy", "rate", speed, "GB/s", "higher", samples=rounds)
+    alike = torch.empty(3 * INNER * INNER, dtype=torch.uint8, device=device)  # a layer's: the cache holds most of it
+    small = 2 * alike.numel() / median(timed(lambda: alike.clone(), rounds)) / 1e6
+    yield report.row("copy of a layer's weights", "rate", small, "GB/s", "higher", samples=rounds)
     for name, moved, call in (
         ("norm, modulate, quantize", 3 * values, lambda: norm_quantize(x, shift, scale)[0]),
         ("residual, norm, modulate, quantize", 7 * values,
@@ -240,16 +245,20 @@ def fused(device: torch.device, rounds: int) -> Rows:
         ("GELU, quantize", 12 * values, lambda: gelu_quantize(inner)[0]),
         ("attention, and GELU, quantize", 15 * values, lambda: gelu_quantize(inner, x[0])[0]),
         ("Hadamard of 128, quantize", 3 * values, lambda: hadamard_quantize(x[0], signs, 128)[0]),
+        ("Hadamard of 1024, quantize", 3 * values, lambda: hadamard_quantize(x[0], signs, 1024)[0]),
+        ("Hadamard of 4096, quantize", 12 * values, lambda: hadamard_quantize(inner, wide_signs, 4096)[0]),
         ("norm of q and k, rotation, pack q, k, v", 9 * values,
          lambda: pack_heads(*heads_of(qkv), BLOCK, (ones, ones), (ones, ones), 1e-6, rope).q),
         ("the same, patch by patch", 9 * values,
          lambda: pack_heads(*heads_of(qkv), BLOCK, (ones, ones), (ones, ones), 1e-6, rope, tokens=by_patch).q),
         ("unpack 4 bits", 6 * INNER * INNER, lambda: unpack(packed_w, INNER, 4)),
         ("unpack 4 bits to FP8", 6 * INNER * INNER, lambda: unpack(packed_w, INNER, 4, E4M3)),
+        ("unpack 3 bits", 11 * INNER * INNER // 2, lambda: unpack(packed_3, INNER, 3)),
     ):  # fmt: skip
         times = timed(call, rounds)
+        beside = ("copy of a layer's weights", small) if name.startswith("unpack") else ("copy", speed)
         yield report.row(name, "rate", moved / median(times) / 1e6, "GB/s", "higher", samples=rounds,
-                         baseline=("copy", speed), spread=spread(times, moved / 1e6))  # fmt: skip
+                         baseline=beside, spread=spread(times, moved / 1e6))  # fmt: skip
 
 
 def blockmap(device: torch.device, rounds: int) -> Rows:

@@ -16,7 +16,7 @@ from quant_runtime.kernels._fp8 import E4M3
 from quant_runtime.kernels.hadamard import hadamard
 from quant_runtime.kernels.hadamard_quantize import hadamard_quantize
 from quant_runtime.kernels.linear_fp8 import linear_fp8
-from quant_runtime.kernels.linear_w4a8 import linear_w4a8
+from quant_runtime.kernels.linear_packed import linear_packed
 from quant_runtime.kernels.linear_w8a8 import linear_w8a8
 from quant_runtime.kernels.unpack import unpack
 
@@ -133,9 +133,9 @@ class QuantLinear(nn.Module):
         (q, scale), bits = rows, self.spec.format.weight_bits
         if q.dtype == E4M3:
             return linear_fp8(q, self._whole(), scale, self._scale(), self.bias, dtype, out)
-        if bits == 4:
-            return linear_w4a8(q, self.qweight, scale, self._scale(), self.bias, dtype, out)
-        return linear_w8a8(q, self._whole(), scale, self._scale(), self.bias, dtype, out)
+        if bits < 8:
+            return linear_packed(q, self.qweight, bits, scale, self._scale(), self.bias, dtype, out)
+        return linear_w8a8(q, self.qweight, scale, self._scale(), self.bias, dtype, out)
 
     def rounds_like(self, other: QuantLinear) -> bool:
         """Whether both round the same input to the same numbers."""

@@ -198,7 +198,7 @@ def test_what_is_offered_has_its_limits_its_quality_and_its_worker(client):
     for one in offered.values():
         (tested,) = one["tested"].values()
         assert (tested["verdict"], tested["failures"]) == ("passed", {})
-        assert {"hadamard_quantize", "linear_w4a8"} <= tested["versions"].keys()
+        assert {"hadamard_quantize", "linear_packed"} <= tested["versions"].keys()
 
 
 def stopped_in_the_middle(client: httpx.Client, kill) -> dict:

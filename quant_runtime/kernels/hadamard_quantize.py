@@ -12,11 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant_runtime.kernels import hadamard, quantize_rows
+from quant_runtime.kernels import _cuda, hadamard, hadamard_quantize_sm90, quantize_rows
 from quant_runtime.kernels._cpu import row_chunks
 from quant_runtime.kernels._triton import jit, processors, shared_kib, tl, triton
 from quant_runtime.kernels._versions import Op, in_rows
 
+HOPPER = "CUDA for sm_90a, Triton for other blocks and float32"
 LARGEST_INNER = 128  # what one matrix product turns; a second one turns as many of these, at most
 TILE_KIB = 160  # of shared memory, for a tile so large
 LARGEST_TILE = 1 << 14  # numbers that a program holds in registers
@@ -148,10 +149,29 @@ def launch(
     return q, scale
 
 
+def launch_hopper(
+    x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
+    if not hadamard_quantize_sm90.takes(x, block):
+        return launch(x, signs, block, bits, factor, dtype)
+    q, scale = _fake(x, signs, block, bits, factor, dtype)
+    top, tiny = quantize_rows.top(bits, dtype), quantize_rows.TINY
+    hadamard_quantize_sm90.launch(x, signs.contiguous(), block, top, tiny, factor, q, scale)
+    return q, scale
+
+
 def _fake(
     x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None, dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-_op = Op("hadamard_quantize", reference, _fake, cpu={"CPU": on_cpu}, cuda={"Triton": launch}, plain=in_rows(reference))
+_op = Op(
+    "hadamard_quantize",
+    reference,
+    _fake,
+    cpu={"CPU": on_cpu},
+    cuda={HOPPER: launch_hopper, "Triton": launch},
+    on={HOPPER: _cuda.is_hopper},
+    plain=in_rows(reference),
+)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, pad
 
+from quant_runtime.kernels import _cuda, pack_heads_sm90
 from quant_runtime.kernels._fp8 import FP8_TOP
 from quant_runtime.kernels._triton import jit, tl, triton
 from quant_runtime.kernels._versions import Op
@@ -38,6 +39,7 @@ from quant_runtime.kernels.attention_fp8 import slots
 from quant_runtime.kernels.blocks_by_mass import NOTHING, likeness
 from quant_runtime.kernels.quantize_rows import TINY, step, whole
 
+HOPPER = "CUDA for sm_90a, Triton for float32 and other heads"
 BLOCKS = (64, 128)
 TOP = 127
 SAMPLES = 1024  # keys that the centre is the mean of
@@ -484,16 +486,10 @@ def launch(
     center = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device)
     most = torch.zeros(batch, heads, size, dtype=torch.float32, device=q.device)
     rotated = 0 if cos is None else len(cos)
-    together = norm_q is not None and len(norm_q) > size
-    kind = 0 if norm_q is None else 3 if bias_q is not None else 1 + together
+    inverse_q, inverse_k = _inverses(q, k, norm_q, eps)
+    kind = 0 if norm_q is None else 3 if bias_q is not None else 1 if inverse_q is None else 2
     kinds = {"NORM": kind, "OTHER": other_q is not None, "ROPE": cos is not None}
     sizes = {"D": size, "DP": max(16, triton.next_power_of_2(size))}
-    inverse_q = inverse_k = None
-    if together:
-        inverse_q, inverse_k = torch.empty(2, batch, count, dtype=torch.float32, device=q.device)
-        wide = {"H": heads, "D": size, "WP": triton.next_power_of_2(heads * size)}
-        for x, inverse in ((q, inverse_q), (k, inverse_k)):
-            _norm_of_heads[(count, batch)](x, inverse, count, *x.stride()[:3], eps, **wide)
     all_heads, blocks = batch * heads, outputs[3].shape[2]
     place = (heads, count, first, rotated, eps)
     _center_of_keys[(all_heads,)](
@@ -553,6 +549,45 @@ def launch(
     return outputs
 
 
+def launch_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    norm_q: Tensor | None,
+    norm_k: Tensor | None,
+    other_q: Tensor | None,
+    other_k: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    first: int,
+    bias_q: Tensor | None,
+    bias_k: Tensor | None,
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    norms = (norm_q, norm_k, other_q, other_k)
+    if not pack_heads_sm90.takes(q, k, v):
+        return launch(q, k, v, block, *norms, eps, cos, sin, first, bias_q, bias_k, tokens)
+    outputs, stride = _empty(q, block), _stride(q.shape[2])
+    weights, inverses = (*norms, bias_q, bias_k), _inverses(q, k, norm_q, eps)
+    places = (eps, cos, sin, first, tokens, stride)
+    pack_heads_sm90.launch(q, k, v, block, weights, inverses, *places, TINY, NOTHING, outputs)
+    return outputs
+
+
+def _inverses(q: Tensor, k: Tensor, norm: Tensor | None, eps: float) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Of a norm of all heads together, one over each token's root mean square, of q and of k."""
+    batch, heads, count, size = q.shape
+    if norm is None or len(norm) == size:
+        return None, None
+    inverse_q, inverse_k = torch.empty(2, batch, count, dtype=torch.float32, device=q.device)
+    wide = {"H": heads, "D": size, "WP": triton.next_power_of_2(heads * size)}
+    for x, inverse in ((q, inverse_q), (k, inverse_k)):
+        _norm_of_heads[(count, batch)](x, inverse, count, *x.stride()[:3], eps, **wide)
+    return inverse_q, inverse_k
+
+
 def _empty(
     q: Tensor, block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -583,4 +618,10 @@ def _fake(
 
 
 # The reference serves a CPU as well: there the attention itself takes the time.
-_op = Op("pack_heads", reference, _fake, cuda={"Triton": launch})
+_op = Op(
+    "pack_heads",
+    reference,
+    _fake,
+    cuda={HOPPER: launch_hopper, "Triton": launch},
+    on={HOPPER: _cuda.is_hopper},
+)

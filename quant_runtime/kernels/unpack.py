@@ -24,6 +24,7 @@ from quant_runtime.kernels._triton import jit, tl, triton
 from quant_runtime.kernels._versions import Op
 
 WIDTHS = (2, 3, 4, 5, 6, 7)
+PROGRAM = 4096  # bytes of a plane that one program reads: 32 a thread, 16 at a time
 
 
 def unpack(packed: Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.int8) -> Tensor:
@@ -115,45 +116,84 @@ def _fields(words: Tensor, start: int, width: int, span: int) -> Tensor:
 
 
 @jit
-def _unpack(packed, w, K, UNIT, BITS: tl.constexpr, NARROWEST: tl.constexpr, BJ: tl.constexpr):
-    """A row is 8 / NARROWEST parts of UNIT weights; this makes column block j of all its parts."""
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, 8 // NARROWEST)[:, None]
+def _unpack(
+    packed, w, N, K, UNIT,
+    REPEAT: tl.constexpr, BITS: tl.constexpr, NARROWEST: tl.constexpr, WIDEST: tl.constexpr,
+    BR: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    """A row is 8 / NARROWEST parts of UNIT weights; this makes some columns of all its parts, of some rows.
+
+    Weights, and K and UNIT, are counted in what `packed` and `w` point to: bytes (REPEAT is 1), or four of them in a
+    word, alike and at once (REPEAT has a one in each). No sum or shift below reaches from one into the next.
+    """
+    row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)[:, None]
     j = tl.program_id(1) * BJ + tl.arange(0, BJ)[None, :]
-    k = part * UNIT + j
-    inside = (j < UNIT) & (k < K)
-    bytes_ = packed + row * UNIT * (BITS // NARROWEST) + j
-    whole = tl.zeros_like(k)
-    if BITS & 4:
-        whole |= _field(bytes_, part, inside, UNIT, BITS, NARROWEST, 4)
-    if BITS & 2:
-        whole |= _field(bytes_, part, inside, UNIT, BITS, NARROWEST, 2)
-    if BITS & 1:
-        whole |= _field(bytes_, part, inside, UNIT, BITS, NARROWEST, 1)
-    whole = (whole << (32 - BITS)) >> (32 - BITS)
-    if w.dtype.element_ty != tl.int8:
-        whole = whole.to(tl.float32)
-    tl.store(w + row * K + k, whole.to(w.dtype.element_ty), mask=inside)
+    there = (row < N) & (j < UNIT)
+    planes = packed + row * UNIT * (BITS // NARROWEST) + j
+    units: tl.constexpr = WIDEST // NARROWEST
+    for unit in tl.static_range(units):
+        held = planes_of(planes, there, unit, UNIT, BITS, NARROWEST, WIDEST)
+        for turn in tl.static_range(8 // WIDEST):
+            part = unit + turn * units
+            whole = whole_of(held, part, REPEAT, BITS, NARROWEST, WIDEST)
+            if w.dtype.element_ty != tl.int8 and w.dtype.element_ty != tl.int32:
+                whole = whole.to(tl.float32).to(w.dtype.element_ty)
+            tl.store(w + row * K + part * UNIT + j, whole, mask=there & (part * UNIT + j < K))
 
 
 @jit
-def _field(bytes_, part, inside, UNIT, BITS: tl.constexpr, NARROWEST: tl.constexpr, WIDTH: tl.constexpr):
-    """What the plane of WIDTH bits holds, in its place."""
-    low: tl.constexpr = BITS // (2 * WIDTH) * (2 * WIDTH)  # the bits of the wider planes, which lie before it
-    units: tl.constexpr = WIDTH // NARROWEST  # of its span
-    byte = tl.load(bytes_ + (low // NARROWEST + part % units) * UNIT, mask=inside, other=0).to(tl.int32)
-    return ((byte >> (part // units * WIDTH)) & ((1 << WIDTH) - 1)) << low
+def planes_of(
+    planes, there, unit, UNIT, BITS: tl.constexpr, NARROWEST: tl.constexpr, WIDEST: tl.constexpr
+):  # fmt: skip
+    """What parts unit, unit + WIDEST / NARROWEST and so on have of each plane; of one that is not there, anything."""
+    held = _plane(planes, there, unit, UNIT, BITS, NARROWEST, WIDEST)
+    middle, last = held, held
+    if BITS & 2 and WIDEST > 2:
+        middle = _plane(planes, there, unit, UNIT, BITS, NARROWEST, 2)
+    if BITS & 1:
+        last = _plane(planes, there, unit, UNIT, BITS, NARROWEST, 1)
+    return held, middle, last
+
+
+@jit
+def _plane(planes, there, unit, UNIT, BITS: tl.constexpr, NARROWEST: tl.constexpr, WIDTH: tl.constexpr):
+    before: tl.constexpr = BITS // (2 * WIDTH) * (2 * WIDTH)  # the bits of the wider planes, which lie before it
+    return tl.load(planes + (before // NARROWEST + unit % (WIDTH // NARROWEST)) * UNIT, mask=there, other=0)
+
+
+@jit
+def whole_of(held, part, REPEAT: tl.constexpr, BITS: tl.constexpr, NARROWEST: tl.constexpr, WIDEST: tl.constexpr):
+    """A part's weights, out of what planes_of gave for it, in bytes (REPEAT is 1) or in words of four of them."""
+    whole = _field(held[0], part, REPEAT, BITS, NARROWEST, WIDEST)
+    if BITS & 2 and WIDEST > 2:
+        whole |= _field(held[1], part, REPEAT, BITS, NARROWEST, 2)
+    if BITS & 1:
+        whole |= _field(held[2], part, REPEAT, BITS, NARROWEST, 1)
+    sign: tl.constexpr = REPEAT << (BITS - 1)
+    return whole | ((whole & sign) * ((2 << (8 - BITS)) - 2)).to(whole.dtype)  # and the bits above the sign
+
+
+@jit
+def _field(plane, part, REPEAT: tl.constexpr, BITS: tl.constexpr, NARROWEST: tl.constexpr, WIDTH: tl.constexpr):
+    low: tl.constexpr = BITS // (2 * WIDTH) * (2 * WIDTH)
+    return (((plane >> (part // (WIDTH // NARROWEST) * WIDTH)) & (REPEAT * ((1 << WIDTH) - 1))) << low).to(plane.dtype)
 
 
 def launch(packed: Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.int8) -> Tensor:
     if dtype == E4M3 and not has_fp8(packed.device):  # Triton has no conversion there, torch has
         return launch(packed, inputs, bits).to(dtype)
     n, narrowest = packed.shape[0], bits & -bits
-    unit = packed.shape[1] * narrowest // bits
-    w = torch.empty(n, inputs, dtype=dtype, device=packed.device)
-    block = min(triton.next_power_of_2(unit), 512 * narrowest)  # of 8 / narrowest parts: 4096 weights at most
-    grid = (n, triton.cdiv(unit, block))
-    _unpack[grid](packed.contiguous(), w, inputs, unit, BITS=bits, NARROWEST=narrowest, BJ=block)
+    packed, w = packed.contiguous(), torch.empty(packed.shape[0], inputs, dtype=dtype, device=packed.device)
+    at_once = 4 if dtype == torch.int8 and inputs % 4 == 0 and packed.storage_offset() % 4 == 0 else 1
+    kind = torch.int32 if at_once == 4 else torch.int8
+    unit = packed.shape[1] * narrowest // bits // at_once
+    columns = max(32, min(128, unit & -unit)) * 4 // at_once
+    rows = PROGRAM // at_once // columns
+    _unpack[(triton.cdiv(n, rows), triton.cdiv(unit, columns))](
+        packed.view(kind), w.view(kind) if dtype == torch.int8 else w, n, inputs // at_once, unit,
+        REPEAT=0x01010101 if at_once == 4 else 1, BITS=bits, NARROWEST=narrowest, WIDEST=planes(inputs, bits)[0][0],
+        BR=rows, BJ=columns,
+    )  # fmt: skip
     return w
 
 

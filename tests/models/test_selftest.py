@@ -89,7 +89,7 @@ def test_every_op_that_an_artifact_runs_is_tested_first_and_passes(name, tmp_pat
 
 def test_an_op_that_is_broken_runs_by_another_and_run_json_says_so(tmp_path, monkeypatch):
     artifact = made("vggt", tmp_path)
-    op = OPS["linear_w4a8"]
+    op = OPS["linear_packed"]
     wrong = Version(lambda *args: torch.zeros_like(op.reference(*args)), "broken")
     monkeypatch.setitem(op._versions, "cpu", (wrong, *op._versions["cpu"]))
     assert check(artifact, "cpu").verdict == "refused"
@@ -97,7 +97,7 @@ def test_an_op_that_is_broken_runs_by_another_and_run_json_says_so(tmp_path, mon
     run(artifact, tmp_path)
     said = json.loads((tmp_path / "out" / "run.json").read_text())["kernels"]
     op.rise("cpu")
-    assert "not broken: broken is off by 1" in said["linear_w4a8"]
+    assert "not broken: broken is off by 1" in said["linear_packed"]
     assert "broken" not in said["linear"]
 
 

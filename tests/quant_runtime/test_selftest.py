@@ -19,6 +19,7 @@ from quant_runtime.kernels import (
     block_map,
     blocks_by_mass,
     linear_fp8,
+    linear_packed,
     linear_w8a8,
     quantize_rows,
     residual_passes,
@@ -89,7 +90,7 @@ def test_what_is_needed_is_tested_and_nothing_else_and_passes(plan, ops, device)
     report = run(pieces(replace(NEEDS, plan=plan), device), device)
     assert report.failures == {}
     assert report.verdict == "passed"
-    linear = {"quantize_rows", "hadamard_quantize", "linear_w8a8", "linear_w4a8", "unpack"}
+    linear = {"quantize_rows", "hadamard_quantize", "linear_w8a8", "linear_packed"}
     assert {line.op for line in report.lines} == linear | ops
     assert all(line.version == line.own and line.cases >= 2 for line in report.lines)
     assert not any(line.error.found > line.error.allowed for line in report.lines)
@@ -179,11 +180,11 @@ def test_with_fallback_the_next_version_is_tested_and_runs_from_then_on(how, bro
 
 
 def test_where_every_version_is_wrong_even_fallback_refuses(broken, device, monkeypatch):
-    monkeypatch.setitem(OPS["unpack"]._versions, device, (Version(raising, "one"), Version(raising, "two")))
+    monkeypatch.setitem(OPS["linear_packed"]._versions, device, (Version(raising, "one"), Version(raising, "two")))
     report = run(pieces(replace(LINEAR, layers=LAYERS[2:]), device), device, fallback=True)
     assert report.verdict == "refused"
-    assert report.failures.keys() == {"unpack"}
-    OPS["unpack"].rise(device)
+    assert report.failures.keys() == {"linear_packed"}
+    OPS["linear_packed"].rise(device)
 
 
 def test_whole_numbers_that_are_off_by_more_than_a_rounding_are_found(broken, device):
@@ -382,7 +383,7 @@ def test_a_missing_triton_is_called_so(broken, device, monkeypatch):
 @pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")
 def test_triton_kernels_pass_and_leave_torch_as_they_found_it(broken, device, monkeypatch):
     """On a CPU in the interpreter, which computes bfloat16 and FP8 wrongly and is not asked for them."""
-    launches = {"linear_w8a8": linear_w8a8, "quantize_rows": quantize_rows, "unpack": unpack}
+    launches = {"linear_w8a8": linear_w8a8, "quantize_rows": quantize_rows, "linear_packed": linear_packed}
     for name, module in (launches | {"attention_blocks": attention_blocks}).items():
         broken(name, module.launch, "Triton")
     monkeypatch.setattr(selftest, "STEPS", 2)
@@ -391,7 +392,7 @@ def test_triton_kernels_pass_and_leave_torch_as_they_found_it(broken, device, mo
     small = Needs(layers, replace(PLAN, warmup=0.5, dense_layers=()), (32,), TokenLayout(2, 7, 10), torch.float16)
     report = run(pieces(small, device), device)
     assert report.failures == {}
-    assert [line.version for line in report.lines if line.op == "unpack"] == ["Triton"]
+    assert [line.version for line in report.lines if line.op == "linear_packed"] == ["Triton"]
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert not torch.is_inference_mode_enabled()
 

@@ -34,9 +34,9 @@ def test_where_every_kernel_is_right_it_ends_with_0_and_says_what_runs(lowbit):
     done = lowbit()
     assert done.exit_code == 0
     shown = rows(done.output)
-    assert {"linear_w4a8", "quantize_rows"} <= shown.keys()
-    own = str(OPS["linear_w4a8"].running("cpu"))
-    assert (shown["linear_w4a8"][0], shown["linear_w4a8"][-1]) == (own, "right")
+    assert {"linear_packed", "quantize_rows"} <= shown.keys()
+    own = str(OPS["linear_packed"].running("cpu"))
+    assert (shown["linear_packed"][0], shown["linear_packed"][-1]) == (own, "right")
     assert re.search(r"^linear by int8, ", done.output, re.M)
     assert "passed: every kernel is right" in done.output
 
@@ -44,15 +44,15 @@ def test_where_every_kernel_is_right_it_ends_with_0_and_says_what_runs(lowbit):
 def test_where_one_is_wrong_it_ends_with_1_and_says_which(lowbit, broken):  # noqa: F811
     done = lowbit()
     assert done.exit_code == 1
-    assert rows(done.output)["linear_w4a8"][-1] == "WRONG"
-    assert "linear_w4a8: broken is off by 1, where 1e-06 is allowed" in done.output
+    assert rows(done.output)["linear_packed"][-1] == "WRONG"
+    assert "linear_packed: broken is off by 1, where 1e-06 is allowed" in done.output
     assert "refused" in done.output
 
 
 def test_with_fallback_it_says_what_would_run_in_its_place_and_ends_with_1_all_the_same(lowbit, broken):  # noqa: F811
     done = lowbit("--fallback")
     assert done.exit_code == 1
-    shown = rows(done.output)["linear_w4a8"]
+    shown = rows(done.output)["linear_packed"]
     assert shown[0] == f"{broken.versions('cpu')[1]}, not broken"
     assert shown[-1] == "right"
 

@@ -9,7 +9,7 @@ import torch
 
 from quant_runtime.kernels import _cpu
 
-INT8_TESTS = ("_cpu", "linear_w8a8", "linear_w4a8", "attention_blocks")
+INT8_TESTS = ("_cpu", "linear_w8a8", "linear_packed", "attention_blocks")
 
 
 @pytest.mark.parametrize("path", ["onednn", "float32"])

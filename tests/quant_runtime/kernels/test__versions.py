@@ -13,7 +13,7 @@ from quant_runtime.kernels import (
     hadamard,
     hadamard_quantize,
     linear_fp8,
-    linear_w4a8,
+    linear_packed,
     linear_w8a8,
     quantize_rows,
 )
@@ -117,11 +117,11 @@ def test_linear_layers_in_parts_do_too(with_bias, device, monkeypatch):
     x, w = whole(33, 2050, device), whole(20, 2050, device, top=7)
     bias = torch.randn(20, device=device) if with_bias else None
     scales = torch.rand(33, device=device), torch.rand(20, device=device)
-    for op, weights in ((linear_w8a8, w), (linear_w4a8, pack(w, 4))):
-        args = (x, weights, *scales, bias, torch.float32)
+    for op, weights in ((linear_w8a8, (w,)), (linear_packed, (pack(w, 4), 4))):
+        args = (x, *weights, *scales, bias, torch.float32)
         assert relative_error(op.in_parts(*args), op.reference(*args)) < FP32_ROUNDING
         out = torch.full((33, 20), torch.nan, device=device)
-        op._into._versions["cpu"][-1].call(*args[:5], out)
+        op._into._versions["cpu"][-1].call(*args[:-1], out)
         assert torch.equal(out, op.in_parts(*args))
 
 

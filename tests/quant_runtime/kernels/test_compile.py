@@ -26,7 +26,7 @@ from quant_runtime.kernels import (
     gelu_quantize,
     hadamard,
     hadamard_quantize,
-    linear_w4a8,
+    linear_packed,
     linear_w8a8,
     norm_quantize,
     pack_heads,
@@ -53,7 +53,7 @@ def launches() -> Iterator[Callable[[], object]]:
     rows = torch.zeros(300, 256, dtype=torch.bfloat16)
     q, row_scale = rows.to(torch.int8), torch.ones(300)
     w, scale = torch.zeros(96, 256, dtype=torch.int8), torch.ones(96)
-    packed, factor = torch.zeros(96, 128, dtype=torch.uint8), torch.ones(256)
+    factor = torch.ones(256)
     signs = torch.ones(256, dtype=torch.int8)
     yield lambda: quantize_rows.launch(rows, 8, factor)
     yield lambda: quantize_rows.launch(rows, 8, None, torch.float8_e4m3fn)
@@ -74,9 +74,11 @@ def launches() -> Iterator[Callable[[], object]]:
         q, w[:95], row_scale, scale[:95], None, torch.float16
     )  # no rows for the copy engine
     yield lambda: linear_w8a8.launch(q[:20], w, row_scale[:20], scale, None, torch.float16)
-    yield lambda: linear_w4a8.launch_few_rows(q[:20], packed, row_scale[:20], scale, None, torch.float32)
+    some = row_scale[:20], scale, None, torch.float32
     for bits in (2, 3, 4, 7):  # each plane alone, two, and three of them
         yield lambda bits=bits: unpack.launch(pack(w, bits), 256, bits)
+        yield lambda bits=bits: linear_packed.launch_few_rows(q[:20], pack(w, bits), bits, *some)
+    yield lambda: unpack.launch(pack(w[:, :33], 4), 33, 4)  # byte by byte
     yield lambda: unpack.launch(pack(w, 4), 256, 4, torch.float8_e4m3fn)
 
     head = torch.zeros(1, 2, 200, 128, dtype=torch.bfloat16)
@@ -167,7 +169,7 @@ def main() -> None:
         record_kernels(module)
     for module in (
         hadamard_quantize,
-        linear_w4a8,
+        linear_packed,
         linear_w8a8,
         norm_quantize,
         pack_heads,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from quant_runtime.formats import pack
-from quant_runtime.kernels import _cuda, linear_w4a8, linear_w8a8, linear_w8a8_sm90
+from quant_runtime.kernels import _cuda, linear_w8a8, linear_w8a8_sm90
+from quant_runtime.kernels.linear_packed import linear_packed
 from tests.quant_runtime.kernels.inputs import ROUNDING, whole
 from tests.quant_runtime.kernels.test_linear_w8a8 import inputs
 from tests.support import relative_error
@@ -99,9 +100,9 @@ def test_answers_in_float32_and_what_begins_at_odd_places_are_too(device):
 def test_it_is_what_runs_there(device):
     x, w, x_scale, w_scale = inputs(5000, 512, 1024, device)
     small, bias = whole(512, 1024, device, top=7), torch.randn(512, device=device)
-    for multiply, weights, given in ((linear_w8a8.linear_w8a8, w, w), (linear_w4a8.linear_w4a8, small, pack(small, 4))):
+    for multiply, weights, given in ((linear_w8a8.linear_w8a8, w, (w,)), (linear_packed, small, (pack(small, 4), 4))):
         want = run(x, weights, x_scale, w_scale, bias, torch.bfloat16)
-        assert torch.equal(multiply(x, given, x_scale, w_scale, bias), want)
+        assert torch.equal(multiply(x, *given, x_scale, w_scale, bias), want)
         out = torch.full_like(want, torch.nan)
-        multiply(x, given, x_scale, w_scale, bias, out=out)
+        multiply(x, *given, x_scale, w_scale, bias, out=out)
         assert torch.equal(out, want)

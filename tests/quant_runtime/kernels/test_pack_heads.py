@@ -10,6 +10,7 @@ from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, TRITON_DTYPES
 from tests.support import relative_error
 
 INT8 = 0.02  # rounding to steps of 1/127 of the largest of a token, or of a block
+TWICE = 2**0.5 * INT8  # between two rounded by other steps: their errors are independent, and add up in squares
 E4M3 = 0.04  # rounding to 3 bits behind the first
 CANCELLED = 1e-5  # of directions that point everywhere, a mean is a tenth of one: its float32 is ten times as far off
 FLIPS = 2e-3  # of the entries may fall to the other side of a half: a GPU fuses products and sums
@@ -120,7 +121,7 @@ def test_places_hold_the_tokens_they_are_told_to_with_their_norms_and_angles(kin
     def keys(packed):
         return (packed.k.unflatten(2, (-1, 64)) * packed.k_scale[..., None, None]).flatten(2, 3)[:, :, :150]
 
-    assert relative_error(keys(placed), op.in_places(keys(plain), tokens)) < INT8, "other blocks have other scales"
+    assert relative_error(keys(placed), op.in_places(keys(plain), tokens)) < TWICE, "other blocks have other scales"
     values = [unpacked_values(packed.v, packed.v_scale, 150) for packed in (placed, plain)]
     assert torch.equal(values[0], op.in_places(values[1], tokens))
     first = op.in_places(plain.q * plain.q_scale[..., None], tokens)[:, :, :64]

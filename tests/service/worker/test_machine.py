@@ -40,7 +40,7 @@ def scene(tmp_path_factory):
 @pytest.fixture
 def broken(monkeypatch):
     """The int4 matmul of this CPU answers zeros."""
-    op = OPS["linear_w4a8"]
+    op = OPS["linear_packed"]
     wrong = Version(lambda *args: torch.zeros_like(op.reference(*args)), "broken")
     monkeypatch.setitem(op._versions, "cpu", (wrong, *op._versions["cpu"]))
     yield op
@@ -75,19 +75,19 @@ async def test_a_worker_whose_kernel_is_wrong_leaves_the_job_to_one_whose_is_rig
     async with at_work(worker := start("refuse")):
         (room,) = await until(lambda: queue.artifacts())
         assert (room.workers, room.tested[worker.name].verdict) == (0, "refused")
-        assert room.tested[worker.name].failures == {"linear_w4a8": "broken is off by 1, where 1e-06 is allowed"}
+        assert room.tested[worker.name].failures == {"linear_packed": "broken is off by 1, where 1e-06 is allowed"}
         await until(lambda: count(metrics.worker_state, "refused"))
         assert (await queue.get(job)).status == "queued"
     monkeypatch.setitem(broken._versions, "cpu", broken.versions("cpu")[1:])  # another machine, where it is right
     async with at_work(start("refuse")):
         done = await reaches(queue, job)
-    assert (done.status, done.attempt, "linear_w4a8" in done.kernels) == ("succeeded", 1, False)
+    assert (done.status, done.attempt, "linear_packed" in done.kernels) == ("succeeded", 1, False)
 
 
 async def test_with_fallback_it_is_run_by_another_version_and_everything_says_so(start, queue, results, job, broken):
     async def told():
         (room,) = await queue.artifacts()
-        return room if "linear_w4a8" in room.kernels else None
+        return room if "linear_packed" in room.kernels else None
 
     async with at_work(worker := start("fallback")):
         done = await reaches(queue, job)
@@ -95,13 +95,13 @@ async def test_with_fallback_it_is_run_by_another_version_and_everything_says_so
     assert (done.status, done.attempt) == ("succeeded", 1)
     own = str(broken.versions("cpu")[1])
     said = f"{own}, not broken: broken is off by 1, where 1e-06 is allowed"
-    assert done.kernels["linear_w4a8"] == said
+    assert done.kernels["linear_packed"] == said
     record = b"".join([chunk async for chunk in results.read(f"jobs/{job}/1/run.json")])
     assert said in record.decode()
-    assert room.kernels["linear_w4a8"] == said
+    assert room.kernels["linear_packed"] == said
     assert room.tested[worker.name].verdict == "fallback"
-    assert room.tested[worker.name].versions["linear_w4a8"] == own
-    assert count(metrics.kernel_version, "linear_w4a8", own) == 1
+    assert room.tested[worker.name].versions["linear_packed"] == own
+    assert count(metrics.kernel_version, "linear_packed", own) == 1
 
 
 def test_what_triton_compiles_is_counted(monkeypatch):
