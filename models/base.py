@@ -173,7 +173,7 @@ class Family(Protocol):
         """
         ...
 
-    def hashed(self, folder: Path, device: str) -> tuple[str, ...]:
+    def hashed(self, folder: Path) -> tuple[str, ...]:
         """The folders inside an artifact whose weights `open` checks as it reads them. Reads configs alone."""
         ...
 

@@ -12,6 +12,8 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+from quant_runtime.wide_face import widened
+
 
 def by_onednn(network: nn.Module) -> None:
     """From now on the float32 nn.Conv3d layers of `network`, which lies on a CPU, go through oneDNN. For inference."""
@@ -29,4 +31,5 @@ def _is_plain(layer: nn.Conv3d) -> bool:
 
 def _conv_forward(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert not isinstance(layer.padding, str)
+    weight = widened(layer, weight)
     return torch.mkldnn_convolution(x, weight, bias, layer.padding, layer.stride, layer.dilation, layer.groups)

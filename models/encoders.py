@@ -1,7 +1,8 @@
-"""The parts of a pipeline that are models of transformers: text and image encoders, read by us where that takes less.
+"""The parts of a pipeline that are models of transformers: text and image encoders, read by us.
 
-On a CPU that computes in float32 an encoder takes the memory that its file has bytes: large layers and embeddings stay
-in the 16 bits in which they lie (quant_runtime/wide_face.py), and widening them is exact.
+They go to their device a tensor at a time, as networks do. On a CPU that computes in float32 an encoder takes the
+memory that its file has bytes: large layers and embeddings stay in the 16 bits in which they lie
+(quant_runtime/wide_face.py), and widening them is exact.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from quant_runtime.tensor_files import Blank, Stored, TensorFiles, fill
-from quant_runtime.wide_face import face, faceable
+from quant_runtime import wide_face
+from quant_runtime.tensor_files import Stored, TensorFiles
 
 WEIGHTS = "model"  # transformers' name
 
@@ -74,10 +75,12 @@ class Names:
         return cls(held, tied, tuple(sorted(own - held.keys() - tied.keys())), tuple(sorted(unknown)))
 
 
-def read(folder: Path, kind: Any, dtype: torch.dtype, digests: Mapping[str, str] | None = None) -> nn.Module | None:
-    """The encoder of this folder on a CPU, strictly, computing in `dtype`; float32 with a face, where it is large.
+def read(
+    folder: Path, kind: Any, dtype: torch.dtype, device: str, digests: Mapping[str, str] | None = None
+) -> nn.Module | None:
+    """The encoder of this folder on its device, strictly, computing in `dtype`: float32 on a CPU is often a face.
 
-    `digests` has each file's SHA-256, by its name, as in TensorFiles.stream. None, and a line in the log, where the
+    `digests` has each file's SHA-256, by its name, as in TensorFiles.pour. None, and a line in the log, where the
     folder's files are not safetensors or have names that only transformers knows to read: then it is to load them, and
     nothing was hashed. ValueError names a tensor that is missing or has another shape.
     """
@@ -93,16 +96,7 @@ def read(folder: Path, kind: Any, dtype: torch.dtype, digests: Mapping[str, str]
         return None
     if names.missing:
         raise ValueError(f"{folder} has no {', '.join(names.missing[:5])}")
-    large = faceable(encoder) if dtype == torch.float32 else []
-    stay = {f"{name}.weight" for name in large}
-    wide = set(encoder._keep_in_fp32_modules_strict or ())
-
-    def kept(key: str, stored: Blank) -> torch.dtype:
-        if not stored.dtype.is_floating_point or (key in stay and stored.dtype.itemsize == 2):
-            return stored.dtype
-        return torch.float32 if wide & {*key.split(".")} else dtype
-
+    wide = encoder._keep_in_fp32_modules_strict or ()
     with TensorFiles(names.held) as files:
-        fill(encoder, files, "cpu", digests, kept, names.tied)
-    face(encoder, large)
+        wide_face.load(encoder, files, device, dtype, digests, wide=wide, tied=names.tied)
     return encoder

@@ -12,15 +12,15 @@ from quant_runtime import artifact
 def load(folder: Path, device: str, check: bool = True) -> Model:
     """The artifact's model on `device`, warm. ArtifactError names the file or field that does not fit.
 
-    The network's weights, and on a CPU those of encoders, are read once, a tensor at a time, each straight to the
-    device: hashes are those of that reading. `check=False` leaves them out, for a folder that was verified before or
-    whose disk is trusted.
+    All weights are read once, each straight to the device: beside what stays there, the host holds a few MiB. Hashes
+    are those of that reading. `check=False` leaves them out, for a folder that was verified before or whose disk is
+    trusted.
     """
     manifest = artifact.read_manifest(folder)
     family = registry.family(manifest.family)
     try:
         if check:
-            own = [artifact.weights(manifest, part) for part in family.hashed(folder, device)]
+            own = [artifact.weights(manifest, part) for part in family.hashed(folder)]
             artifact.verify(folder, manifest, later={name for some in own for name in some})
         return family.open(folder, manifest, device, check)
     except artifact.ArtifactError:

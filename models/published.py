@@ -36,10 +36,42 @@ class Published:
             return getattr(diffusers, self.network).from_config(dict(self.config))
 
 
-UMT5_XXL: Mapping[str, Any] = {  # Wan's text encoder, a UMT5EncoderModel: 5.68 billion parameters
-    "vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+@dataclass(frozen=True)
+class Part:
+    """A part of a pipeline that does not shrink: diffusers' or transformers' class, and what its config says."""
+
+    kind: str
+    config: Mapping[str, Any]  # where it is not the class' default
+    parameters: float  # in billions
+
+
+_XXL = {
+    "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
 }  # fmt: skip
+_LLAMA = {
+    "vocab_size": 128320, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+}  # fmt: skip
+_CLIP = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "max_position_embeddings": 77, "projection_dim": 768, "hidden_act": "quick_gelu",
+}  # fmt: skip
+PARTS: Mapping[str, Mapping[str, Part]] = {  # of the families' checkpoints from text
+    "wan": {  # 2.1, and 2.2 A14B
+        "text_encoder": Part("UMT5EncoderModel", {"vocab_size": 256384, **_XXL}, 5.6809),
+        "vae": Part("AutoencoderKLWan", {}, 0.1269),
+    },
+    "hunyuan_video": {
+        "text_encoder": Part("LlamaModel", _LLAMA, 7.5052),
+        "text_encoder_2": Part("CLIPTextModel", _CLIP, 0.1231),
+        "vae": Part("AutoencoderKLHunyuanVideo", {}, 0.2465),
+    },
+    "cogvideox": {
+        "text_encoder": Part("T5EncoderModel", {"vocab_size": 32128, **_XXL}, 4.7623),
+        "vae": Part("AutoencoderKLCogVideoX", {}, 0.2156),
+    },
+}
 
 PUBLISHED = {
     "wan-2.1-1.3b": Published(

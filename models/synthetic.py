@@ -1,8 +1,8 @@
 """Checkpoints of the published networks at their true sizes, with random weights: for tests and measurements.
 
 A folder as the hub has it, of its transformer alone, or of both: configs, shards under the hub's names and of its
-sizes, their index. `write_whole` has small parts around it, so that it runs, or a text encoder of true widths. One
-tensor is in memory at a time.
+sizes, their index. `write_whole` has small parts around it, so that it runs, and `write_full` all parts at their true
+sizes, to be opened. One tensor is in memory at a time.
 
 Values are normal, drawn once into a pool; each tensor takes them from there, from a place of its own on, around and
 around, times its layer's scale. So 24 GiB come as fast as the disk takes them. What can be told from such weights:
@@ -27,10 +27,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from models import encoders
+from models import encoders, registry
 from models.base import VideoLimits
-from models.published import Published
-from models.video import ENCODER, write_serving
+from models.published import Part, Published
+from models.video import write_serving
 from quant_runtime.tensor_files import Blank, TensorWriter
 
 COMPONENTS, WEIGHTS = ("transformer", "transformer_2"), "diffusion_pytorch_model"  # diffusers' names
@@ -83,13 +83,11 @@ def write_whole(
     on_bytes: OnBytes,
     *,
     seed: int = 0,
-    encoder: Mapping[str, Any] | None = None,
 ) -> None:
     """A Wan checkpoint that runs: this network with the text encoder and the autoencoder of the tiny one, and so fed.
 
-    With a UMT5EncoderModel of the config `encoder` where there is one. In bfloat16; it films what `limits` has by
-    default. FileExistsError where there is something, ValueError for a network of another family, or two that take
-    turns.
+    In bfloat16; it films what `limits` has by default. FileExistsError where there is something, ValueError for a
+    network of another family, or two that take turns.
     """
     from models.wan import Serving, Wan
 
@@ -101,13 +99,38 @@ def write_whole(
     family.tiny(folder)
     fed = {name: family.config(folder, family.component)[name] for name in ("in_channels", "out_channels", "text_dim")}
     network = replace(published, config={**published.config, **fed}).on_meta()
-    if encoder is not None:
-        shutil.rmtree(folder / ENCODER)
-        write_encoder(transformers.UMT5Config(**encoder), folder / ENCODER, published.shard_bytes, seed)
-        network = replace(published, config={**published.config, **fed, "text_dim": encoder["d_model"]}).on_meta()
     shutil.rmtree(folder / family.component)
     write_network(network, folder / family.component, torch.bfloat16, published.shard_bytes, seed, on_bytes)
     write_serving(folder, Serving(limits=limits, max_tokens=family.served(folder).max_tokens))
+
+
+def write_full(
+    published: Published, parts: Mapping[str, Part], folder: Path, on_bytes: OnBytes, *, seed: int = 0
+) -> None:
+    """A checkpoint all of whose models are as large as they are, in bfloat16: to be compressed and opened, not run.
+
+    What is no model (tokenizers, the scheduler) is that of the family's tiny one. FileExistsError where there is
+    something, ValueError where networks take turns.
+    """
+    if published.networks != 1:
+        raise ValueError("a checkpoint of one network can be made whole")
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another name")
+    family: Any = registry.family(published.family)
+    family.tiny(folder)
+    for name, part in parts.items():
+        shutil.rmtree(folder / name)
+        library = diffusers if hasattr(diffusers, part.kind) else transformers
+        kind = getattr(library, part.kind)
+        if library is transformers:
+            write_encoder(kind, kind.config_class(**part.config), folder / name, published.shard_bytes, seed)
+            continue
+        with torch.device("meta"):
+            made = kind(**part.config)
+        write_network(made, folder / name, torch.bfloat16, published.shard_bytes, seed, lambda done, of: None)
+    shutil.rmtree(folder / family.component)
+    network = published.on_meta()
+    write_network(network, folder / family.component, torch.bfloat16, published.shard_bytes, seed, on_bytes)
 
 
 def _of_all(on_bytes: OnBytes, number: int, networks: int, done: int, of: int) -> None:
@@ -123,10 +146,10 @@ def write_network(
     _write_tensors(network.state_dict(), folder, WEIGHTS, dtype, shard_bytes, seed, on_bytes)
 
 
-def write_encoder(config: Any, folder: Path, shard_bytes: int, seed: int) -> None:
-    """A UMT5EncoderModel of this config with random weights in bfloat16, as transformers writes it."""
+def write_encoder(kind: Any, config: Any, folder: Path, shard_bytes: int, seed: int) -> None:
+    """A model of this class of transformers' with random weights in bfloat16, as transformers writes it."""
     with torch.device("meta"):
-        encoder: Any = transformers.UMT5EncoderModel(config)
+        encoder: Any = kind(config)
     folder.mkdir()
     encoder.config.architectures = [type(encoder).__name__]
     encoder.config.dtype = torch.bfloat16

@@ -55,10 +55,12 @@ def clocked(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
     return answer, before.elapsed_time(after) / 1e3
 
 
-def timed(call: Callable[[], T], rounds: int, device: torch.device) -> tuple[T, list[float]]:
-    """What the last of `rounds` answered, and their seconds, after one that warms up. The peak begins anew."""
+def timed(call: Callable[[], T], rounds: int, device: torch.device, warmups: int = 1) -> tuple[T, list[float]]:
+    """What the last of `rounds` answered, and their seconds, after some that warm up. The peak is without the first."""
     answer = call()
     forget_peak(device)
+    for _ in range(warmups - 1):
+        answer = call()
     seconds = []
     for _ in range(rounds):
         del answer

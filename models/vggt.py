@@ -31,9 +31,11 @@ from models.base import BadInput, Kind, OnStep, Outputs, SceneInputs, SceneLimit
 from models.cameras import decode_pose, encode_pose, relative_to_first
 from models.packed_pieces import Packing
 from models.precision import fast_float
+from models.run_record import Clock
 from models.scene_files import View
 from models.scene_metrics import abs_rel, auc, pose_errors, relative_poses
 from models.vggt_blocks import Planned, pack_blocks
+from models.vggt_graph import LaunchedAggregator
 from models.vggt_images import Placement
 from models.vggt_net import VGGT, Attend, Block, Prediction, VGGTConfig, dense, narrow_dense
 from quant_runtime import artifact
@@ -78,10 +80,19 @@ class VggtModel:
         self.device = net.aggregator.camera_token.device
         self.kernels = describe_paths(self.device)
         self.in_16_bits: Attend = dense  # attention inside of frames
+        self.by_graph: LaunchedAggregator | None = None
         self.attend(AttentionPlan())
+
+    def launch_as_one(self) -> None:
+        """Few views, from the second scene of so many on: for a GPU, and a network that stays as it is."""
+        aggregator: Any = self.net.aggregator
+        self.by_graph = LaunchedAggregator(aggregator, lambda: (self.attention, self.inside_frames))
+        aggregator.forward = self.by_graph
 
     def attend(self, plan: AttentionPlan) -> None:
         suits(plan)
+        if self.by_graph is not None:
+            self.by_graph.forget()
         self.attention = AttentionState(plan)
         self.inside_frames = AttentionState(replace(plan, policy=Dense()))
         inside = self.net.aggregator
@@ -167,22 +178,23 @@ class VggtModel:
     def run(self, inputs: VideoInputs | SceneInputs, folder: Path, on_step: OnStep) -> Outputs:
         if not isinstance(inputs, SceneInputs):
             raise BadInput("artifact", "this artifact reconstructs scenes from pictures; it makes no videos")
-        clock = [time.perf_counter()]
+        begun, clock = time.perf_counter(), Clock()
         images, placements = self._loaded(inputs)
-        clock.append(time.perf_counter())
+        clock.lap("read")
 
         def stepped(done: int, of: int) -> None:
-            if done in (1, 1 + self.net.config.depth):
-                clock.append(time.perf_counter())
+            if done == 1 and not (self.by_graph is not None and self.by_graph.launched):
+                clock.lap("encode")  # launched as one with what follows, nobody sees where it ends
+            elif done == 1 + self.net.config.depth:
+                clock.lap("aggregate")
             on_step(done, of)
 
         prediction = self.predict(images[None], stepped)
         views = views_of(inputs.images, images, placements, prediction)
-        clock.append(time.perf_counter())
+        clock.lap("heads")
         files, points = scene_files.write(views, folder, inputs.formats)
-        clock.append(time.perf_counter())
-        stages = ("read", "encode", "aggregate", "heads", "write")
-        seconds = {name: clock[i + 1] - clock[i] for i, name in enumerate(stages)} | {"total": clock[-1] - clock[0]}
+        clock.lap("write")
+        seconds = clock.seconds | {"total": time.perf_counter() - begun}
         record = run_record.write(folder, inputs, self, seconds, views=len(views), points=points)
         return Outputs((*files, record))
 
@@ -250,7 +262,7 @@ class Vggt:
     def components(self, folder: Path) -> tuple[str, ...]:
         return (self.component,)
 
-    def hashed(self, folder: Path, device: str) -> tuple[str, ...]:
+    def hashed(self, folder: Path) -> tuple[str, ...]:
         return self.components(folder)
 
     def recognizes(self, folder: Path) -> bool:
@@ -285,6 +297,8 @@ class Vggt:
             _spare_small_work(model)
         if torch.device(device).type != "cpu" or model.attention.plan.pv_bits == 8:
             pack_blocks(network)
+        if torch.device(device).type == "cuda":
+            model.launch_as_one()
         return model
 
     def pieces(self, folder: Path, manifest: Manifest, device: str) -> Iterable[Piece]:

@@ -48,7 +48,7 @@ class Scene(Debts):
         if self._table is not rope[0]:
             self._table, self._turns = rope[0], {}
         if frames not in self._turns:
-            order = neighbours(rope[0].shape[2]).to(rope[0].device)
+            order = neighbours(rope[0].shape[2], rope[0].device)
             cos, sin = (t[:, 0, order[1::2]] for t in rope)  # of a pair the second has the sine as it is
             self._turns[frames] = (once(cos, like).repeat(frames, 1), once(sin, like).repeat(frames, 1))
         return self._turns[frames]
@@ -67,7 +67,7 @@ class Block:
         self.turning = isinstance(attn.q_norm, nn.LayerNorm)
         if self.turning:
             size = attn.qkv.out_features // attn.heads // 3
-            order = neighbours(size).to(attn.qkv.qweight.device)
+            order = neighbours(size, attn.qkv.qweight.device)
             attn.paired_qkv = paired(attn.qkv, attn.heads, order)
             del attn.qkv  # its rows have another order now, and whoever looks for it by this name shall not find them
             self.weight, self.bias = (
@@ -142,9 +142,9 @@ def row(parameter: Tensor) -> Tensor:
     return parameter.detach().float()[None]
 
 
-def neighbours(size: int) -> Tensor:
+def neighbours(size: int, device: torch.device) -> Tensor:
     """int64 [D]: channels of a head in the order in which those that turn together lie side by side."""
-    return torch.arange(size).view(2, 2, -1).transpose(1, 2).flatten()
+    return torch.arange(size, device=device).view(2, 2, -1).transpose(1, 2).flatten()
 
 
 def paired(qkv: QuantLinear, heads: int, order: Tensor) -> QuantLinear:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import quant_runtime.diffusers
-from models import convolutions, encoders, packed_pieces, run_record, video_files
+from models import autoencoders, convolutions, encoders, packed_pieces, run_record, video_files
 from models.base import BadInput, Kind, NoRoom, OnStep, OutputFile, Outputs, SceneInputs, VideoInputs, VideoLimits
 from models.packed_pieces import Packing
 from models.precision import fast_float
@@ -37,6 +37,7 @@ from quant_runtime import artifact, quality
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import AttentionPlan, AttentionState, SharedState, describe_paths
 from quant_runtime.convert import prepare
+from quant_runtime.graphs import MOST_TOKENS, ByGraph
 from quant_runtime.kernels._cpu import give_back_freed_memory
 from quant_runtime.linear import QuantLinear, fusable, fuse
 from quant_runtime.memory import host_room, room
@@ -151,6 +152,7 @@ class VideoModel(ABC):
         self._signature = inspect.signature(pipe.transformer.forward)
         for network in networks(self.network).values():
             network.register_forward_pre_hook(self._before, with_kwargs=True)
+        self.by_graph: list[ByGraph] = []
         self.attend(AttentionPlan())
 
     def denoiser(self, pipe: Any) -> nn.Module:
@@ -184,11 +186,31 @@ class VideoModel(ABC):
     def attend(self, plan: AttentionPlan) -> None:
         """Each network gets a state of its own: what is kept of its layers is not another's."""
         self.suits(self.network, plan)
+        self._forget_recordings()
         states = {prefix.removesuffix("."): AttentionState(plan) for prefix in networks(self.network)}
         self.attention = SharedState(states) if len(states) > 1 else states[""]
         for network, state in zip(networks(self.network).values(), states.values(), strict=True):
             for layer, attention in enumerate(self.attentions(network).values()):
                 attention.set_processor(self.processor(layer, self, state))
+
+    def launch_as_one(self) -> None:
+        """Passes of few tokens, from the third that is alike on: for a GPU, and networks that stay as they are."""
+        for prefix, network in networks(self.network).items():
+            own: Any = network
+            states = partial(self._states, prefix.removesuffix("."))
+            own.forward = ByGraph(own.forward, states, self._few)
+            self.by_graph.append(own.forward)
+
+    def _states(self, name: str) -> list[AttentionState]:
+        shared = self.attention
+        return [shared.states[name] if isinstance(shared, SharedState) else shared]
+
+    def _few(self, hidden_states: Tensor, **given: Any) -> bool:
+        return len(hidden_states) * self.layout.tokens <= MOST_TOKENS
+
+    def _forget_recordings(self) -> None:
+        for its in self.by_graph:
+            its.forget()
 
     @classmethod
     def suits(cls, network: nn.Module, plan: AttentionPlan) -> None:
@@ -282,7 +304,11 @@ class VideoModel(ABC):
         ]
 
     def fuse_projections(self) -> None:
-        """Quantized projections of one input become one layer, so that it is rounded once; not those that differ."""
+        """Quantized projections of one input become one layer, so that it is rounded once; not those that differ.
+
+        On a CPU what they took is given back as they go: it lies in pieces between what stays, and none of these is
+        large enough for the next layer.
+        """
         for attention in [a for part in networks(self.network).values() for a in self.attentions(part).values()]:
             for fused, group in self.projections.items():
                 layers = [layer for name in group if isinstance(layer := getattr(attention, name, None), QuantLinear)]
@@ -290,6 +316,9 @@ class VideoModel(ABC):
                     setattr(attention, fused, fuse(layers))
                     for name in group:
                         delattr(attention, name)
+                    del layers
+                    if self._device().type == "cpu":
+                        give_back_freed_memory()
 
     def projected(self, attention: Any, x: Tensor, fused: str = "fused_qkv") -> Sequence[Tensor]:
         """x [B, N, C] as queries, keys and values [B, N, H * D] of `attention`, whether its layers are fused or not."""
@@ -385,6 +414,7 @@ class VideoModel(ABC):
                 self.attention.at(step + 1)
             else:
                 self.attention.finish()  # decoding has the memory
+                self._forget_recordings()
                 clock.lap("denoise")
             return tensors
 
@@ -401,6 +431,7 @@ class VideoModel(ABC):
             ).frames[0]
         finally:
             self.attention.finish()  # of a film that was broken off, too
+            self._forget_recordings()
         if not bool(torch.isfinite(video).all()):
             raise FloatingPointError("the model made values that are not finite")
         frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -579,7 +610,7 @@ class PipelineFamily(ABC, Generic[M]):
         """In bfloat16 where the device multiplies it itself, else in float32.
 
         On a CPU int8 layers come with float32 around them: there norms and roundings are faster so. What is large among
-        it stays in 16 bits, and so it is in the encoders: they all take the memory that the artifact has bytes.
+        it stays in 16 bits, and so it is in encoders and autoencoder: all take the memory that the artifact has bytes.
         """
         self.check(folder)
         half, around = fast_float(device), self.around(manifest, device)
@@ -589,26 +620,32 @@ class PipelineFamily(ABC, Generic[M]):
             its = dtypes.get(component, dtypes["default"])
             narrow = device == "cpu" and bool(manifest.layers)
             networks[component] = self.network(folder, component, device, its, digests, narrow)
-        for part, kind in self._encoders(folder, device).items():
+        for part, (read, kind) in self._beside(folder).items():
             own = artifact.weights(manifest, part)
             digests = {Path(name).name: digest for name, digest in own.items()} if check else None
-            encoder = encoders.read(folder / part, kind, dtypes.get(part, dtypes["default"]), digests)
-            if encoder is not None:
-                networks[part] = encoder
+            made = read(folder / part, kind, dtypes.get(part, dtypes["default"]), device, digests)
+            if made is not None:
+                networks[part] = made
             elif check:
                 artifact.verify(folder, manifest, later=manifest.files.keys() - own.keys())
         model = self.load(folder, device, dtypes, given=networks)
         model.fuse_projections()
         if manifest.attention is not None:
             model.attend(manifest.attention.plan())
+        if torch.device(device).type == "cuda":
+            model.launch_as_one()
         return model
 
-    def hashed(self, folder: Path, device: str) -> tuple[str, ...]:
-        return (*self.components(folder), *self._encoders(folder, device))
+    def hashed(self, folder: Path) -> tuple[str, ...]:
+        return (*self.components(folder), *self._beside(folder))
 
-    def _encoders(self, folder: Path, device: str) -> dict[str, Any]:
-        """Those that are read by us, and their classes."""
-        return encoders.kinds(index(folder)) if device == "cpu" else {}
+    def _beside(self, folder: Path) -> dict[str, tuple[Any, Any]]:
+        """The parts of the pipeline that are models and do not shrink: what reads each, and its class."""
+        named, shrink = index(folder), self.components(folder)
+        coders = {part: kind for part, kind in autoencoders.kinds(named).items() if part not in shrink}
+        return {part: (encoders.read, kind) for part, kind in encoders.kinds(named).items()} | {
+            part: (autoencoders.read, kind) for part, kind in coders.items()
+        }
 
     def around(self, manifest: Manifest, device: str) -> torch.dtype:
         """What goes from layer to layer of an artifact's network."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -103,6 +103,17 @@ class Density:
     residual: ResidualUse | None = None  # what was cached of what sparse calls lose
 
 
+@dataclass(frozen=True)
+class Made:
+    """A call that was made."""
+
+    layer: int
+    step: int
+    density: Tensor  # a scalar on the call's device: not read back until it is asked for
+    sparse: bool
+    packed: bool
+
+
 class AttentionState:
     """What the attention calls of one loaded model share: its plan, the step it is at, and what was kept so far.
 
@@ -124,9 +135,7 @@ class AttentionState:
         if steps < 1:
             raise ValueError(f"a generation has at least one step; got {steps}")
         self.steps = steps
-        self._kept: dict[int, list[Tensor]] = {}  # step → the density of each call, on the device until asked for
-        self._sparse: list[Tensor] = []
-        self._packed = 0  # calls
+        self.made: list[Made] = []
         self.cache = None if self.plan.residual is None else ResidualCache(self.plan.residual, place)
         self._frozen: dict[Key, PackedBlocks | None] = {}  # what the last refresh has chosen to keep
         self._turn.holder = None
@@ -154,12 +163,35 @@ class AttentionState:
 
     def record(self, call: AttentionCall, blocks: Blocks | None, packed: bool = False) -> None:
         """That the call is made: the next one of its layer in this step is of the next branch."""
-        self._branches[call.layer] = call.branch + 1
-        self._packed += packed
         density = torch.ones(()) if blocks is None else blocks.density()
-        self._kept.setdefault(self.step, []).append(density)
-        if blocks is not None:
-            self._sparse.append(density)
+        self._note(Made(call.layer, self.step, density, blocks is not None, packed))
+
+    def phase(self) -> Hashable | None:
+        """Alike for steps whose calls run alike: dense or sparse. None where they depend on what was kept before."""
+        plan = self.plan
+        if plan.residual is not None or isinstance(plan.policy, Choosing) or self.votes is not None:
+            return None
+        return "dense" if self.step < plan.warm(self.steps) else "as the plan has it"
+
+    def mark(self) -> tuple[int, dict[int, int]]:
+        return len(self.made), dict(self._branches)
+
+    def back_to(self, mark: tuple[int, dict[int, int]]) -> list[Made]:
+        """Calls made since that mark were not made after all."""
+        count, self._branches = mark
+        gone, self.made = self.made[count:], self.made[:count]
+        return gone
+
+    def made_again(self, calls: Sequence[Made]) -> None:
+        """That the same calls are made in this step, whoever makes them; each density is what its tensor is now."""
+        here = [one.density for one in calls if one.sparse]
+        now = iter(torch.stack(here)) if here else iter(())
+        for one in calls:
+            self._note(replace(one, step=self.step, density=next(now) if one.sparse else one.density))
+
+    def _note(self, made: Made) -> None:
+        self._branches[made.layer] = self._branches.get(made.layer, 0) + 1
+        self.made.append(made)
 
     def call(self, layer: int, layout: TokenLayout) -> AttentionCall:
         refresh = self._refreshes and layer not in self.plan.dense_layers
@@ -205,7 +237,7 @@ class AttentionState:
 
     def density(self) -> Density:
         """Of the calls since `start`. Refused before the first of them."""
-        return replace(_density(self._kept, self._sparse, self._packed), residual=used([self.cache]))
+        return replace(_density(self.made), residual=used([self.cache]))
 
 
 class _Turn:
@@ -248,22 +280,20 @@ class SharedState(AttentionState):
 
     def density(self) -> Density:
         """Over all of them. A network that had no turn is not among `networks`."""
-        kept: dict[int, list[Tensor]] = {}
-        for state in self.states.values():
-            for step, calls in state._kept.items():
-                kept[step] = [*kept.get(step, []), *calls]
-        sparse = [density for state in self.states.values() for density in state._sparse]
-        whole = _density(kept, sparse, sum(state._packed for state in self.states.values()))
-        own = {name: state.density().effective for name, state in self.states.items() if state._kept}
+        whole = _density([made for state in self.states.values() for made in state.made])
+        own = {name: state.density().effective for name, state in self.states.items() if state.made}
         return replace(whole, networks=own, residual=used([state.cache for state in self.states.values()]))
 
 
-def _density(kept: Mapping[int, list[Tensor]], sparse: list[Tensor], packed: int) -> Density:
-    if not kept:
+def _density(made: Sequence[Made]) -> Density:
+    if not made:
         raise ValueError("no attention call has been made since the generation started")
-    steps = [_mean(calls) for calls in kept.values()]
-    share = packed / sum(len(calls) for calls in kept.values())
-    return Density(sum(steps) / len(steps), _mean(sparse) if sparse else None, packed=share)
+    steps: dict[int, list[Tensor]] = {}
+    for one in made:
+        steps.setdefault(one.step, []).append(one.density)
+    means, sparse = [_mean(calls) for calls in steps.values()], [one.density for one in made if one.sparse]
+    share = sum(one.packed for one in made) / len(made)
+    return Density(sum(means) / len(means), _mean(sparse) if sparse else None, packed=share)
 
 
 def _mean(densities: list[Tensor]) -> float:

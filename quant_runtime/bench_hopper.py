@@ -1,7 +1,8 @@
 """python -m quant_runtime.bench_hopper NAME: the GPU's kernels at the size of HunyuanVideo at 720p, beside baselines.
 
 119,056 tokens: 118,800 of video and 256 of text; 24 heads of 128, inner size 3072. `attention_vggt` and
-`attention_cogvideox` have heads of 64, as many and as long as those of VGGT with 100 views and of CogVideoX-5B.
+`attention_cogvideox` have heads of 64, as many and as long as those of VGGT with 100 views and of CogVideoX-5B;
+`attention_bfloat16` and `attention_bfloat16_vggt` are the same attentions in 16 bits throughout.
 
 Rows as in quant_runtime/report.py, written to docs/results/NAME-cuda.jsonl. Rates are of the operations, or bytes, that
 the op has to do, whatever it does; medians of CUDA events on random inputs. `error` is relative, against float64 on
@@ -29,6 +30,7 @@ from quant_runtime.bench import outliers
 from quant_runtime.kernels import block_map
 from quant_runtime.kernels._fp8 import E4M3
 from quant_runtime.kernels._triton import triton
+from quant_runtime.kernels.attention_blocks import attention_blocks
 from quant_runtime.kernels.attention_fp8 import attention_fp8
 from quant_runtime.kernels.blocks_by_mass import blocks_by_mass
 from quant_runtime.kernels.gelu_quantize import gelu_quantize
@@ -114,9 +116,7 @@ def attention(device: torch.device, rounds: int, of: Shape = HUNYUAN) -> Rows:
         best = timed(lambda: F.scaled_dot_product_attention(q, k, v), few)
     yield rate("dense, bfloat16 cuDNN", dense, best, few, None)
     baseline = ("bfloat16 cuDNN", dense / median(best) / 1e9)
-    keys = -(-of.tokens // BLOCK)
-    every = torch.arange(keys, dtype=torch.int32, device=device).expand(1, of.heads, keys, keys)
-    all_ = torch.full((1, of.heads, keys), keys, dtype=torch.int32, device=device)
+    every, all_ = every_list(of, device)
 
     def attend(qkv: Tensor, lists: tuple[Tensor, Tensor] | None = None) -> Tensor:
         p = pack_heads(*heads_of(qkv, of), BLOCK)
@@ -135,9 +135,7 @@ def attention(device: torch.device, rounds: int, of: Shape = HUNYUAN) -> Rows:
     yield rate("dense, INT8 and FP8", dense, timed(lambda: attention_fp8(*operands, every, all_, of.tokens), few),
                few, baseline)  # fmt: skip
     for density in of.densities:
-        forced = torch.zeros(keys, dtype=torch.bool, device=device)
-        forced[of.always.start // BLOCK : -(-of.always.stop // BLOCK)] = True
-        kept, counts = block_map.choose(packed.q_means, packed.k_means, round(density * keys), forced)
+        kept, counts = chosen_lists(packed.q_means, packed.k_means, density, of)
         work = 4 * int(counts.sum()) * BLOCK * BLOCK * of.size
         flex = flex_attention(q, k, v, kept, counts, rounds)
         yield rate(f"density {density}, bfloat16 FlexAttention", work, flex, rounds, None)
@@ -147,6 +145,50 @@ def attention(device: torch.device, rounds: int, of: Shape = HUNYUAN) -> Rows:
             error[name] = short(attention_error(attend(given, (kept, counts)), given, of, (kept, counts)))
         beside = ("bfloat16 FlexAttention", work / median(flex) / 1e9)
         yield rate(f"density {density}, INT8 and FP8", work, sparse, rounds, beside, error)
+
+
+def attention_bfloat16(device: torch.device, rounds: int, of: Shape = HUNYUAN) -> Rows:
+    """Dense and block-sparse in 16 bits throughout: q, k and v as they lie in a projection, nothing packed."""
+    qkv = torch.randn(1, of.tokens, 3 * of.heads * of.size, device=device, dtype=torch.bfloat16)
+    q, k, v = heads_of(qkv, of)
+    dense, few = 4 * of.tokens**2 * of.heads * of.size, max(3, rounds // 8)
+
+    def attend(qkv: Tensor, lists: tuple[Tensor, Tensor]) -> Tensor:
+        return attention_blocks(*heads_of(qkv, of), *lists, BLOCK, BLOCK)
+
+    def errors(lists: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor] | None) -> dict[str, float]:
+        inputs = {"random": qkv, "outliers": outliers(qkv).bfloat16()}
+        return {name: short(attention_error(attend(given, lists), given, of, seen)) for name, given in inputs.items()}
+
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+        best = timed(lambda: F.scaled_dot_product_attention(q, k, v), few)
+    yield rate("dense, bfloat16 cuDNN", dense, best, few, None)
+    every = every_list(of, device)
+    ours = timed(partial(attend, qkv, every), few)
+    beside = ("bfloat16 cuDNN", dense / median(best) / 1e9)
+    yield rate("dense, bfloat16", dense, ours, few, beside, errors(every, None))
+    means = block_map.pool(q, BLOCK), block_map.pool(k, BLOCK)
+    for density in of.densities:
+        lists = chosen_lists(*means, density, of)
+        work = 4 * int(lists[1].sum()) * BLOCK * BLOCK * of.size
+        flex = flex_attention(q, k, v, *lists, rounds)
+        yield rate(f"density {density}, bfloat16 FlexAttention", work, flex, rounds, None)
+        sparse = timed(partial(attend, qkv, lists), rounds)
+        beside = ("bfloat16 FlexAttention", work / median(flex) / 1e9)
+        yield rate(f"density {density}, bfloat16", work, sparse, rounds, beside, errors(lists, lists))
+
+
+def every_list(of: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    keys = -(-of.tokens // BLOCK)
+    every = torch.arange(keys, dtype=torch.int32, device=device).expand(1, of.heads, keys, keys)
+    return every, torch.full((1, of.heads, keys), keys, dtype=torch.int32, device=device)
+
+
+def chosen_lists(q_means: Tensor, k_means: Tensor, density: float, of: Shape) -> tuple[Tensor, Tensor]:
+    keys = k_means.shape[2]
+    forced = torch.zeros(keys, dtype=torch.bool, device=k_means.device)
+    forced[of.always.start // BLOCK : -(-of.always.stop // BLOCK)] = True
+    return block_map.choose(q_means, k_means, round(density * keys), forced)
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, rounds: int) -> list[float]:
@@ -319,6 +361,8 @@ BENCHES: dict[str, Callable[[torch.device, int], Rows]] = {
     "attention_720p": attention,
     "attention_vggt": partial(attention, of=VGGT),
     "attention_cogvideox": partial(attention, of=COGVIDEOX),
+    "attention_bfloat16": attention_bfloat16,
+    "attention_bfloat16_vggt": partial(attention_bfloat16, of=VGGT),
     "fused": fused,
     "blockmap": blockmap,
 }

@@ -402,6 +402,12 @@ def _fp8(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     return _floats(ATTENDED if args[0].device.type == "cpu" else limits)(args, got, want)
 
 
+def _with_mass(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
+    """Attention, and the logarithm of what its weights sum to: of the sum itself, where there is one."""
+    share = torch.where(want[1] == got[1], 1.0, (got[1] - want[1]).exp())  # of none both are -inf
+    return _worst(_fp8(args, got[:1], want[:1]), Error(float((share - 1).abs().max()), P_ROUNDED))
+
+
 def _multiplied_fp8(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     limits = {dtype: max(limit, FP8_SUMS) for dtype, limit in ROUNDING.items()}
     return _floats(ROUNDING if args[0].device.type == "cpu" else limits)(args, got, want)
@@ -506,6 +512,7 @@ def _mapped(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
 JUDGES: dict[str, Judge] = {  # every op of _versions.OPS
     "attention_blocks": _floats(ATTENDED),
     "attention_fp8": _fp8,
+    "attention_fp8_lse": _with_mass,
     "attention_fp8_refresh": _refreshed,
     "blocks_by_mass": _held,
     "choose_blocks": _mapped,

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, Type
 from torch import Tensor, nn
 
 LARGEST_HEADER = 100_000_000  # bytes: what the format allows
-PASSED = 1 << 24  # bytes that are read at once of what is hashed and not kept
+PASSED = 1 << 22  # bytes that are read at once: they are still in the cache as they are hashed and copied
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -147,38 +147,36 @@ class TensorFiles:
 
     def read(self, key: str) -> Tensor:
         """The tensor, in memory of its own."""
-        return self._read(self.tensors[key], torch.empty(self.tensors[key].bytes, dtype=torch.uint8))
+        stored = self.tensors[key]
+        raw = torch.empty(stored.bytes, dtype=torch.uint8)
+        self._bytes(stored.file, stored.offset, raw)
+        return raw.view(stored.dtype).view(stored.shape)
 
-    def stream(
-        self, digests: Mapping[str, str] | None = None, stays: Callable[[str], bool] = lambda key: False
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, file by file and in the order in which they lie there, each in the place of the one before.
+    def pour(self, into: Mapping[str, Tensor], digests: Mapping[str, str] | None = None) -> None:
+        """The values of every tensor go into the one of its name: contiguous, of its shape, of any dtype and device.
 
-        One that `stays`, by its name, is in memory of its own. What is kept of another is a copy: memory of its own for
-        each would come back in pieces between those that stay.
+        File by file, in the order in which they lie there. What is of the same dtype on a CPU is read where it is to
+        be. All else passes through the same PASSED bytes of the host, which are pinned where a GPU takes them, so that
+        nothing larger is held there for it, by us or by the driver.
 
         `digests` has each file's SHA-256, by its name. They are of the same reading, which then takes in what lies
         between these tensors: ValueError by name behind the last tensor of a file that is not the one that was meant.
         What came of it before is to be thrown away.
         """
-        passing = [stored.bytes for key, stored in self.tensors.items() if not stays(key)]
-        buffer = torch.empty(max(passing, default=0), dtype=torch.uint8)
+        pinned = any(its.device.type == "cuda" for its in into.values())
+        passing = torch.empty(PASSED, dtype=torch.uint8, pin_memory=pinned)
         for file in self.files():
             held = sorted((key for key, its in self.tensors.items() if its.file == file), key=self._offset)
-            digest, done = hashlib.sha256(), 0
+            digest, done = None if digests is None else hashlib.sha256(), 0
             for key in held:
                 stored = self.tensors[key]
-                if digests is not None:
-                    self._hash(digest, file, done, stored.offset)
+                if digest is not None:
+                    self._hash(digest, file, done, stored.offset, passing)
                     done = stored.offset + stored.bytes
-                raw = torch.empty(stored.bytes, dtype=torch.uint8) if stays(key) else buffer[: stored.bytes]
-                tensor = self._read(stored, raw)
-                if digests is not None:
-                    digest.update(raw.numpy().data)
-                yield key, tensor
-            if digests is None:
+                self._pour(stored, into[key], digest, passing)
+            if digests is None or digest is None:
                 continue
-            self._hash(digest, file, done, file.stat().st_size)
+            self._hash(digest, file, done, file.stat().st_size, passing)
             if digest.hexdigest() != digests[file.name]:
                 raise ValueError(f"{file} is damaged: it is not the file that was saved")
 
@@ -201,14 +199,24 @@ class TensorFiles:
     def _offset(self, key: str) -> int:
         return self.tensors[key].offset
 
-    def _hash(self, digest: hashlib._Hash, file: Path, start: int, end: int) -> None:
+    def _hash(self, digest: hashlib._Hash, file: Path, start: int, end: int, passing: Tensor) -> None:
         """What lies from `start` to `end`."""
-        for at in range(start, end, PASSED):
-            digest.update(self._bytes(file, at, torch.empty(min(PASSED, end - at), dtype=torch.uint8)))
+        for at in range(start, end, len(passing)):
+            digest.update(self._bytes(file, at, passing[: end - at]))
 
-    def _read(self, stored: Stored, raw: Tensor) -> Tensor:
-        self._bytes(stored.file, stored.offset, raw)
-        return raw.view(stored.dtype).view(stored.shape)
+    def _pour(self, stored: Stored, target: Tensor, digest: hashlib._Hash | None, passing: Tensor) -> None:
+        """A part after the other: what was read a moment ago is hashed and copied out of the cache."""
+        flat, size = target.view(-1), stored.dtype.itemsize
+        stays = target.device.type == "cpu" and target.dtype == stored.dtype
+        step = len(passing) // size
+        for start in range(0, len(flat), step):
+            part = flat[start : start + step]
+            raw = part.view(torch.uint8) if stays else passing[: len(part) * size]
+            view = self._bytes(stored.file, stored.offset + start * size, raw)
+            if digest is not None:
+                digest.update(view)
+            if not stays:
+                part.copy_(raw.view(stored.dtype))  # waits for a GPU: the next part is read into the same place
 
     def _bytes(self, file: Path, offset: int, raw: Tensor) -> memoryview:
         """Fills uint8 `raw` from there on."""
@@ -235,20 +243,14 @@ def fill(
 
     Those that are `tied` lie in no file: each becomes the one that it names.
 
-    They go to `device` one by one, each in the `kind` that is said of its name and of what is stored. Beside them the
-    host holds one tensor; on a CPU one that is in another kind there, for what stays as it lies is read where it stays.
-    `digests` as in `TensorFiles.stream`.
+    They go to `device` one by one, each in the `kind` that is said of its name and of what is stored, as
+    `TensorFiles.pour` has it: so they are in memory once, and beside them PASSED bytes of the host. `digests` as there.
     """
     files.check({key: its for key, its in network.state_dict().items() if key not in tied})
-    kinds = {key: kind(key, stored) for key, stored in files.tensors.items()}
-
-    def stays(key: str) -> bool:
-        return torch.device(device).type == "cpu" and kinds[key] == files.tensors[key].dtype
-
     state = {
-        key: tensor if stays(key) else tensor.to(device, kinds[key], copy=True)
-        for key, tensor in files.stream(digests, stays)
+        key: torch.empty(stored.shape, dtype=kind(key, stored), device=device) for key, stored in files.tensors.items()
     }
+    files.pour(state, digests)
     state |= {key: state[its] for key, its in tied.items()}
     network.load_state_dict(state, strict=True, assign=True)
     network.requires_grad_(False)

@@ -2,11 +2,10 @@
 
 One after the other `lowbit dev synth` makes it, `lowbit quantize --stream` compresses it, and it is removed. `python -m
 service.bench load ARTIFACT ...` opens the networks of artifacts, on a CPU, with and without their hashes. `python -m
-service.bench whole` opens an artifact as a worker on a CPU does, text encoder of true widths and all. `python -m
-service.bench calibrate` runs a published network, with small parts around it, from the disk. Rows as in
-quant_runtime/report.py. Each command is a process of its own: peak memory is its `ru_maxrss`, in which mapped pages
-count. The disk is tried alone in the same run, over 2 GiB, and files are dropped from the page cache before they are
-read; what a machine below keeps of them cannot be.
+service.bench calibrate` runs a published network, with small parts around it, from the disk. Whole artifacts are opened
+by service/bench_whole.py. Rows as in quant_runtime/report.py. Each command is a process of its own: peak memory is its
+`ru_maxrss`, in which mapped pages count. The disk is tried alone in the same run, over 2 GiB, and files are dropped
+from the page cache before they are read; what a machine below keeps of them cannot be.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +35,6 @@ TRIED = 2 * GIB  # bytes that the disk is tried with
 BLOCK = 16 << 20
 WEIGHTS = "diffusion_pytorch_model"
 SMALL = VideoLimits(size_multiple=16, max_pixels=320 * 192, max_side=320, max_frames=5, frames=5)
-PARTS = ("transformer", "text_encoder")
 
 
 @dataclass(frozen=True)
@@ -130,37 +126,6 @@ def calibrate(name: str, scratch: Path, samples: int, blocks: int, limits: Video
     yield _peak(case, "peak memory", done)
 
 
-def whole(name: str, scratch: Path, layers: int, limits: VideoLimits) -> Iterator[dict[str, Any]]:
-    """A Wan network and a text encoder of umT5-XXL's widths with so many layers: opened whole, hashes checked."""
-    from models import synthetic
-    from models.published import PUBLISHED, UMT5_XXL
-
-    source, out = scratch / f"{name}-whole", scratch / f"{name}-rtn"
-    encoder = {**UMT5_XXL, "num_layers": layers}
-    with ProcessPoolExecutor(1, get_context("spawn")) as aside:  # its peak would be counted into those of `ran`
-        given = (PUBLISHED[name], source, limits, _untold)
-        aside.submit(synthetic.write_whole, *given, encoder=encoder).result()
-    forget(source)
-    ran(*_lowbit("quantize", str(source), "--method", "rtn", "--bits", "w4a8", "--stream", "--out", str(out)))
-    shutil.rmtree(source)
-    files = artifact.read_manifest(out).files
-    size = sum(record.bytes for record in files.values())
-    parts = {part: sum(its.bytes for file, its in files.items() if file.startswith(f"{part}/")) for part in PARTS}
-    disk = tried(scratch)
-    for way, how in {"imports": WAYS["imports"], "whole": "opened by a worker on a CPU"}.items():
-        forget(out)
-        done = ran(*child.command("service.bench", "open", str(out), way))
-        case, opens = f"{name} and {layers} layers of umT5-XXL, {how}", way == "whole"
-        peak = _peak(case, "peak memory", done, ("the artifact", size / GIB) if opens else None)
-        yield peak | {"error": parts if opens else None}
-        yield _time(case, done, ("the disk alone", disk.seconds(size, 0)) if opens else None)
-    shutil.rmtree(out)
-
-
-def _untold(done: int, of: int) -> None:
-    pass
-
-
 def weights(folder: Path) -> TensorFiles:
     """Of all networks, named as a manifest's layers are: where there are two, by their folders."""
     parts = sorted(path.name for path in folder.glob("transformer*"))
@@ -211,8 +176,7 @@ def load(folders: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def opened(folder: Path, way: str) -> None:
-    """The network of an artifact on the CPU, in its own 16 bits or as a worker has it, or all: one of the processes."""
-    from models import load as loading
+    """The network of an artifact on the CPU, in its own 16 bits or as a worker has it: one of the processes."""
     from models import registry
     from quant_runtime.kernels._cpu import keep_freed_memory
 
@@ -220,9 +184,6 @@ def opened(folder: Path, way: str) -> None:
     manifest = artifact.read_manifest(folder)
     family: Any = registry.family(manifest.family)
     if way == "imports":
-        return
-    if way == "whole":
-        loading.load(folder, "cpu")
         return
     components = family.components(folder)
     own = {name: its for part in components for name, its in artifact.weights(manifest, part).items()}
@@ -322,19 +283,13 @@ def main() -> None:
     run.add_argument("--samples", type=int, default=4)
     run.add_argument("--steps", type=int, default=2, help="of each, of two passes")
     run.add_argument("--frames", type=int, default=5)
-    opening = kinds.add_parser("whole")
-    opening.add_argument(
-        "network", nargs="?", default="wan-2.1-1.3b", help="of Wan's kind, by its name in published.py"
-    )
-    opening.add_argument("--scratch", type=Path, required=True, help="has room for it and its text encoder, twice")
-    opening.add_argument("--layers", type=int, default=24, help="of the text encoder")
     held = kinds.add_parser("load")
     held.add_argument("folders", nargs="+", type=Path, metavar="ARTIFACT")
-    for measured in (made, run, opening, held):
+    for measured in (made, run, held):
         measured.add_argument("--out", type=Path, default=Path("docs/results"))
     one = kinds.add_parser("open", help="no measurement: what `load` measures")
     one.add_argument("folder", type=Path, metavar="ARTIFACT")
-    one.add_argument("way", choices=[*WAYS, "whole"])
+    one.add_argument("way", choices=WAYS)
     chosen = parser.parse_args()
     if chosen.name == "open":
         opened(chosen.folder, chosen.way)
@@ -345,16 +300,14 @@ def main() -> None:
     elif chosen.name == "calibrate":
         limits = replace(SMALL, max_frames=chosen.frames, frames=chosen.frames, steps=chosen.steps)
         rows = calibrate(chosen.network, chosen.scratch, chosen.samples, chosen.blocks, limits)
-    elif chosen.name == "whole":
-        rows = whole(chosen.network, chosen.scratch, chosen.layers, SMALL)
     else:
         rows = load(chosen.folders)
     path = chosen.out / f"{chosen.name}-cpu.jsonl"
-    report.write(path, chosen.name, _told(rows), ["lowbit", "bench", *sys.argv[1:]], torch.device("cpu"))
+    report.write(path, chosen.name, told(rows), ["lowbit", "bench", *sys.argv[1:]], torch.device("cpu"))
     print(path)
 
 
-def _told(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def told(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         print(f"{row['case']:44} {row['metric']:20} {row['value']:10.4g} {row['unit']}", row["baseline"], row["error"])
         yield row

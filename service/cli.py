@@ -300,7 +300,7 @@ def bench(
     """Time an op or a demo model beside its baselines, or a large checkpoint's way; rows go into docs/results."""
     programs = {"linear": "quant_runtime.bench", "attention": "quant_runtime.bench"}
     programs |= {kind: f"models.demo.{kind}.bench" for kind in ("video", "scene")}
-    programs |= dict.fromkeys(("quantize", "load", "whole", "calibrate"), "service.bench")
+    programs |= dict.fromkeys(("quantize", "load", "calibrate"), "service.bench") | {"whole": "service.bench_whole"}
     if name not in programs:
         raise _refused(ValueError(f"no benchmark {name!r}: there are {', '.join(programs)}"))
     arguments = context.args if programs[name].startswith("models.demo") else [name, *context.args]

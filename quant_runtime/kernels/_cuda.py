@@ -90,24 +90,62 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def tiles(x: Tensor, rows: int, columns: int) -> Any:
-    """How the copy engine takes tiles [rows, columns] of x [R, C], one byte an element, into rows of 128 bytes.
+    """How the copy engine takes tiles [rows, columns] of x [R, C], one or two bytes an element, as rows of 128 bytes.
 
-    In each eight rows, 16-byte pieces lie swizzled as the matrix units read them; beyond x there are zeros.
+    In each eight rows, 16-byte pieces lie swizzled as the matrix units read them; beyond x there are zeros, and what is
+    stored there is dropped.
     """
-    if x.dim() != 2 or x.element_size() != 1 or x.stride(1) != 1 or x.stride(0) % 16 or columns != 128:
-        raise ValueError(
-            f"tiles takes bytes [R, C], rows at multiples of 16; got {x.dtype} {list(x.shape)} {x.stride()}"
-        )
+    size = x.element_size()
+    if x.dim() != 2 or size > 2 or x.stride(1) != 1 or x.stride(0) * size % 16 or columns * size != 128:
+        found = f"{x.dtype} {list(x.shape)} {x.stride()}"
+        raise ValueError(f"tiles takes [R, C] of 1 or 2 bytes, rows at multiples of 16, 128 bytes wide; got {found}")
     d, u32, u64 = driver, driver.cuuint32_t, driver.cuuint64_t
+    kind = d.CUtensorMapDataType
     return _checked(
         d.cuTensorMapEncodeTiled(
-            d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            kind.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else kind.CU_TENSOR_MAP_DATA_TYPE_UINT16,
             2,
             x.data_ptr(),
             [u64(x.shape[1]), u64(x.shape[0])],
-            [u64(x.stride(0))],
+            [u64(x.stride(0) * size)],
             [u32(columns), u32(rows)],
             [u32(1), u32(1)],
+            d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+
+
+def tiled(x: Tensor) -> bool:
+    """Whether head_tiles takes x as it lies."""
+    strides = [stride for stride, count in zip(x.stride()[:3], x.shape, strict=False) if count > 1]
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides)
+
+
+def head_tiles(x: Tensor, rows: int) -> Any:
+    """How the copy engine takes `rows` tokens of a head of x [B, H, N, D], 16 bits an element, D a multiple of 64.
+
+    A tile lies in rows of 128 bytes, swizzled as those of `tiles` are: first 64 channels of all its tokens, then the
+    next. Its coordinates are (0, token, 0, head, batch). Behind the last token of a head there are zeros.
+    """
+    if x.dim() != 4 or x.element_size() != 2 or x.shape[3] % 64 or not tiled(x):
+        raise ValueError(
+            f"head_tiles takes 16 bits [B, H, N, 64 n] at multiples of 16; got {x.dtype} {list(x.shape)} {x.stride()}"
+        )
+    batch, heads, tokens, size = x.shape
+    steps = [2 * stride if count > 1 else 128 for stride, count in zip(x.stride(), x.shape, strict=True)]
+    d, u32, u64 = driver, driver.cuuint32_t, driver.cuuint64_t
+    return _checked(
+        d.cuTensorMapEncodeTiled(
+            d.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            5,
+            x.data_ptr(),
+            [u64(64), u64(tokens), u64(size // 64), u64(heads), u64(batch)],
+            [u64(steps[2]), u64(128), u64(steps[1]), u64(steps[0])],
+            [u32(64), u32(rows), u32(size // 64), u32(1), u32(1)],
+            [u32(1)] * 5,
             d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -119,15 +157,16 @@ def tiles(x: Tensor, rows: int, columns: int) -> Any:
 def _compiled(source: Path, defines: Defines) -> tuple[bytes, bool]:
     """Machine code for sm_90a, and whether it lay on the disk, where Triton keeps its own."""
     text = source.read_bytes()
+    common = {one.name.encode(): one.read_bytes() for one in sorted(source.parent.glob("*.cuh"))}
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{name}={value}".encode() for name, value in defines)]
     version = _checked(nvrtc.nvrtcVersion())
-    name = hashlib.sha256(repr((version, options)).encode() + text).hexdigest()
+    name = hashlib.sha256(repr((version, options, common)).encode() + text).hexdigest()
     kept = Path(triton.knobs.cache.dir) / f"{source.stem}-{name[:32]}.cubin" if triton is not None else None
     if kept is not None:
         with suppress(OSError):  # not there, or another user's: then it is compiled
             return kept.read_bytes(), True
 
-    program = _checked(nvrtc.nvrtcCreateProgram(text, source.name.encode(), 0, [], []))
+    program = _checked(nvrtc.nvrtcCreateProgram(text, source.name.encode(), len(common), [*common.values()], [*common]))
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))

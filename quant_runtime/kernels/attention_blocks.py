@@ -10,6 +10,9 @@ out  v's dtype, [B, H, N, D], laid out in memory as [B, N, H, D]: heads merge wi
 scores = softmax_scale * q @ k.T (int8: exact sums, times both scales), softmax over the kept keys in float32, then
 times v in v's dtype with float32 sums. softmax_scale is 1 / sqrt(D) unless given. With all blocks kept it is dense
 attention. The last block may be ragged. block_q and block_k are powers of two, 16 to 128.
+
+On a Hopper, heads of 64 or 128 in blocks of 128, all of it in bfloat16 or all in float16, run by
+attention_blocks_sm90, which is written by hand; all else by Triton.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quant_runtime.kernels import _cuda, attention_blocks_sm90
 from quant_runtime.kernels._cpu import operand_dtype, product_name, products, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
 from quant_runtime.kernels._versions import PART_ELEMENTS, Op
@@ -27,6 +31,7 @@ from quant_runtime.kernels._versions import PART_ELEMENTS, Op
 BLOCKS = (16, 32, 64, 128)
 LARGEST_D = 256
 LOG2E = math.log2(math.e)
+HOPPER = "CUDA for sm_90a, Triton for int8 and for blocks other than 128"  # and for heads that few have
 SCORES_AT_ONCE = 1 << 20  # on a CPU: fewer leave it too little to do at a time, more leave the cache between passes
 
 
@@ -87,6 +92,38 @@ def reference(
     k_scale: Tensor | None,
     softmax_scale: float,
 ) -> Tensor:
+    scores = _kept_scores(q, k, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+    unseen = scores.isneginf()
+    return _answer(q, v).copy_(scores.softmax(dim=-1).masked_fill(unseen, 0.0) @ v.double())
+
+
+def lse_reference(
+    q: Tensor,
+    k: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    """float64 [B, H, N]: the logarithm of the sum of exp(scores) over the kept keys; -inf of none."""
+    return _kept_scores(q, k, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale).logsumexp(dim=-1)
+
+
+def _kept_scores(
+    q: Tensor,
+    k: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    """float64 [B, H, N, M], -inf of keys that are not kept."""
     scores = q.double() @ k.double().mT * softmax_scale
     if q_scale is not None and k_scale is not None:
         scores = scores * _per_token(q_scale, q.shape[2], block_q)[..., :, None]
@@ -94,8 +131,7 @@ def reference(
     seen = key_mask(kept, counts, -(-k.shape[2] // block_k))
     seen = seen.repeat_interleave(block_q, dim=2)[:, :, : q.shape[2]]
     seen = seen.repeat_interleave(block_k, dim=3)[..., : k.shape[2]]
-    probabilities = scores.masked_fill(~seen, -math.inf).softmax(dim=-1).masked_fill(~seen, 0.0)
-    return _answer(q, v).copy_(probabilities @ v.double())
+    return scores.masked_fill(~seen, -math.inf)
 
 
 def key_mask(kept: Tensor, counts: Tensor, blocks: int) -> Tensor:
@@ -382,6 +418,24 @@ def launch(
     return out
 
 
+def launch_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    """On a Hopper: by hand where that takes the operands, else by Triton."""
+    if attention_blocks_sm90.takes(q, k, v, block_q, block_k, softmax_scale):
+        return attention_blocks_sm90.launch(q, k, v, kept, counts, softmax_scale)
+    return launch(q, k, v, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+
+
 def _sharing(scale: Tensor | None, tokens: int, block: int) -> int:
     return 0 if scale is None else 1 if scale.shape[2] == tokens else block
 
@@ -390,4 +444,12 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return _answer(q, v)
 
 
-_op = Op("attention_blocks", reference, _fake, cpu={product_name: on_cpu}, cuda={"Triton": launch}, plain=in_parts)
+_op = Op(
+    "attention_blocks",
+    reference,
+    _fake,
+    cpu={product_name: on_cpu},
+    cuda={HOPPER: launch_hopper, "Triton": launch},
+    on={HOPPER: _cuda.is_hopper},
+    plain=in_parts,
+)

@@ -16,6 +16,10 @@ attention_fp8_refresh takes lists of all key blocks, first those that are kept, 
 ascending. It answers in one pass what is lost by keeping only the first: (dense, lost), both as `out`, where lost =
 dense - sparse, formed in float32 and zeros where nothing is left out.
 
+attention_fp8_lse answers (out, lse), lse float32 [B, H, N] by tokens: the logarithm of the sum of exp(scores) over the
+kept keys, -inf of none, by which answers over keys in several places become one (`merged`). pack_heads takes a centre
+away from keys: scores of parts that are to be merged are of keys without the same centre.
+
 pack_heads makes the operands. scores = softmax_scale * q @ k.T, exact sums times both scales; softmax over the kept
 keys in float32; P in e4m3, as 256 times itself; sums over a block of keys in the matrix unit, over blocks in float32. D
 is a multiple of 32 up to 128, block_q is 64 or 128, block_k is 32, 64 or 128.
@@ -31,7 +35,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -74,6 +78,42 @@ def attention_fp8(
     operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, scale)
     out: Tensor = _op(*operands, residual, residual_scale, tokens)
     return out
+
+
+def attention_fp8_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int = 128,
+    block_k: int = 128,
+    out_dtype: torch.dtype = torch.bfloat16,
+    softmax_scale: float | None = None,
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, tokens)
+    scale = softmax_scale if softmax_scale is not None else q.shape[3] ** -0.5
+    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, scale)
+    out, lse = _lse_op(*operands, tokens)
+    return out, lse
+
+
+def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(out, lse) over all keys, of attention_fp8_lse over some and over others: of each key once, in any order.
+
+    Formed in float32; zeros and -inf where no part has seen a key.
+    """
+    lse = torch.stack([one for _, one in parts])
+    whole = torch.logsumexp(lse, dim=0)
+    weights = torch.where(whole.isneginf(), 0.0, (lse - whole).exp())
+    out = sum(weight[..., None] * answer.float() for weight, (answer, _) in zip(weights, parts, strict=True))
+    assert isinstance(out, Tensor)
+    return out.to(parts[0][0].dtype), whole
 
 
 def attention_fp8_refresh(
@@ -229,6 +269,29 @@ def refresh_reference(
                  out_dtype, softmax_scale, tokens)  # fmt: skip
 
 
+def lse_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+    lse = attention_blocks.lse_reference(q, k[:, :, :keys], *rest).float()
+    out = reference(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, softmax_scale,
+                    None, None, tokens)  # fmt: skip
+    return out, by_tokens(lse[..., None], tokens)[..., 0]
+
+
 def by_tokens(x: Tensor, tokens: Tensor | None) -> Tensor:
     """x [B, H, N, D], whose rows lie in the order of `tokens`, with each where its token is: in x's layout."""
     if tokens is None:
@@ -372,6 +435,7 @@ def _attention_fp8(
     tokens,
     out,
     lost,
+    lse,
     residual,
     residual_scale,
     H,
@@ -396,11 +460,12 @@ def _attention_fp8(
     REFRESH: tl.constexpr,
     ADDS: tl.constexpr,
     TOKENS: tl.constexpr,
+    LSE: tl.constexpr,
 ):
     """k and v are descriptors of [B * H * P, D] and [B * H * D, P]. SHARE: how many programs follow one list.
 
     REFRESH goes on to the blocks that are not kept, and writes `lost`. ADDS: 0 for no residual, 1 for one of floats, 2
-    for one in int8.
+    for one in int8. LSE writes `lse`.
     """
     program, head = tl.program_id(0), tl.program_id(1)
     b, h = head // H, head % H
@@ -435,6 +500,9 @@ def _attention_fp8(
         who = tl.load(tokens + b64 * tokens_b + h64 * tokens_h + n, mask=n < N, other=0)
     where = ((b64 * N + who)[:, None] * H + h) * D + d[None, :]
     inside = (n < N)[:, None] & in_d
+    if LSE:  # weights are 2**P_BITS too large, and of none there is none
+        mass = (tl.math.log2(tl.where(count > 0, total, 1.0)) + most - P_BITS) / 1.4426950408889634  # of none -inf
+        tl.store(lse + head.to(tl.int64) * N + who, mass, mask=n < N)
     if REFRESH:
         # The sparse answer waits in the two answers' own memory, as two 16-bit halves of itself: registers are full.
         sparse = found * v_scales / tl.where(count > 0, total, 1.0)[:, None]
@@ -537,6 +605,28 @@ def launch(
     return out
 
 
+def lse_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _answer(q, out_dtype), torch.empty(q.shape[:3], device=q.device)
+    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, softmax_scale)
+    _launch(*operands, out, None, None, None, tokens, lse)
+    return out, lse
+
+
 def launch_hopper(
     q: Tensor,
     k: Tensor,
@@ -561,6 +651,29 @@ def launch_hopper(
     if attention_fp8_sm90.takes(q, block_q, block_k):
         return attention_fp8_sm90.launch(*operands, *rest)
     return launch(*operands, block_q, block_k, *rest)
+
+
+def lse_launch_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys)
+    if not attention_fp8_sm90.takes(q, block_q, block_k):
+        return lse_launch(*operands, block_q, block_k, out_dtype, softmax_scale, tokens)
+    lse = torch.empty(q.shape[:3], device=q.device)
+    return attention_fp8_sm90.launch(*operands, out_dtype, softmax_scale, None, None, tokens, lse), lse
 
 
 def refresh_launch(
@@ -603,6 +716,7 @@ def _launch(
     residual: Tensor | None,
     residual_scale: Tensor | None,
     tokens: Tensor | None,
+    lse: Tensor | None = None,
 ) -> None:
     batch, heads, count, size = q.shape
     padded, tile = k.shape[2], 64
@@ -624,6 +738,7 @@ def _launch(
         tokens,
         out,
         lost,
+        lse,
         None if residual is None else residual.transpose(1, 2).contiguous(),  # a copy where it is laid out otherwise
         None if residual_scale is None else residual_scale.contiguous(),
         heads,
@@ -643,6 +758,7 @@ def _launch(
         REFRESH=lost is not None,
         ADDS=0 if residual is None else 1 if residual_scale is None else 2,
         TOKENS=tokens is not None,
+        LSE=lse is not None,
         num_warps=4,
         num_stages=2,
     )
@@ -663,6 +779,10 @@ def _fake_refresh(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return _fake(q, *args), _fake(q, *args)
 
 
+def _fake_lse(q: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return _fake(q, *args), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 _op = Op(
     "attention_fp8",
     reference,
@@ -679,4 +799,11 @@ _refresh_op = Op(
     cpu={product_name: refresh_on_cpu},
     cuda={"Triton": refresh_launch},
     plain=refresh_in_parts,
+)
+_lse_op = Op(
+    "attention_fp8_lse",
+    lse_reference,
+    _fake_lse,
+    cuda={HOPPER: lse_launch_hopper, "Triton": lse_launch},
+    on={HOPPER: _cuda.is_hopper},
 )

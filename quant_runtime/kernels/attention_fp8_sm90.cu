@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
     const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
     const __grid_constant__ TensorMap map_v, const float *q_scale, const float *k_scale, const float *v_scale,
     const int *kept, const int *counts, const int *tokens, const void *residual, const float *residual_scale, void *out,
-    int *next, int H, int N, int M, int P, int rows, int tiles, float softmax_scale, i64 list_b, i64 list_h, i64 list_r,
+    float *lse, int *next, int H, int N, int M, int P, int rows, int tiles, float softmax_scale, i64 list_b, i64 list_h, i64 list_r,
     i64 count_b, i64 count_h, i64 count_r, i64 token_b, i64 token_h) {
   extern __shared__ char raw[];
   const u32 base = (address_of(raw) + 1023) & ~1023;
@@ -419,6 +419,10 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
         const int token = n;
 #endif
         const i64 at = (((i64)batch * N + token) * H + h) * D;
+#if LSE
+        if (inside && quad == 0)  // weights are 2**less of exp2(score)
+          lse[(i64)head * N + token] = count > 0 ? (log2f(sum) - less[r]) * 0.69314718f : -__int_as_float(0x7F800000);
+#endif
 #if RESIDUAL == 1
         const float lost = inside ? residual_scale[(i64)head * N + token] : 0.0f;
 #else

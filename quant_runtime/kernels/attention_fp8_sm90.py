@@ -44,7 +44,9 @@ def launch(
     residual: Tensor | None,
     residual_scale: Tensor | None,
     tokens: Tensor | None,
+    lse: Tensor | None = None,
 ) -> Tensor:
+    """`lse`, where it is given, is written to: float32 [B, H, N], contiguous."""
     batch, heads, count, size = q.shape
     padded, rows, every = k.shape[2], -(-count // BLOCK), batch * heads
     q, k, v, q_scale, k_scale, v_scale = (t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale))
@@ -52,7 +54,8 @@ def launch(
     tokens = tokens if tokens is None or tokens.stride(2) == 1 else tokens.contiguous()
     out = torch.empty(batch, count, heads, size, dtype=out_dtype, device=q.device)
     with torch.cuda.device(q.device):
-        _kernel(q.device, KINDS[out_dtype], 0 if residual is None else ADDED[residual.dtype], tokens is not None)(
+        added = 0 if residual is None else ADDED[residual.dtype]
+        _kernel(q.device, KINDS[out_dtype], added, tokens is not None, lse is not None)(
             min(processors(q.device), every * rows),
             THREADS,
             _cuda.tiles(q.view(-1, size), BLOCK, size),
@@ -67,6 +70,7 @@ def launch(
             None if residual is None else residual.transpose(1, 2).contiguous(),
             None if residual_scale is None else residual_scale.contiguous(),
             out,
+            lse,
             torch.zeros(1, dtype=torch.int32, device=q.device),  # the next tile
             heads,
             count,
@@ -81,6 +85,7 @@ def launch(
 
 
 @functools.cache
-def _kernel(device: torch.device, out: int, residual: int, tokens: bool) -> _cuda.Kernel:
-    defines = (("OUT", out), ("RESIDUAL", residual), ("TOKENS", int(tokens)), ("STAGES", STAGES))
+def _kernel(device: torch.device, out: int, residual: int, tokens: bool, lse: bool) -> _cuda.Kernel:
+    answers = (("OUT", out), ("RESIDUAL", residual), ("TOKENS", int(tokens)), ("LSE", int(lse)))
+    defines = (*answers, ("STAGES", STAGES))
     return _cuda.Kernel("attention_fp8_sm90.cu", "attention_fp8_sm90", SHARED, defines)

@@ -10,13 +10,17 @@ takes, so the kernel unpacks what it has read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from quant_runtime.kernels import linear_w8a8, unpack
+from quant_runtime.kernels import _cuda, linear_w8a8, unpack
 from quant_runtime.kernels._cpu import product_name, scratch
 from quant_runtime.kernels._triton import jit, tl, triton
 from quant_runtime.kernels._versions import Op
+from quant_runtime.kernels.linear_w8a8 import HOPPER, into, writing
 
 
 def linear_packed(
@@ -115,11 +119,16 @@ def launch(
     bias: Tensor | None,
     out_dtype: torch.dtype,
     out: Tensor | None = None,
+    *,
+    multiply: Callable[..., Tensor] = linear_w8a8.launch,
 ) -> Tensor:
     if x.shape[0] > linear_w8a8.FEW_ROWS:
         w = unpack.launch(packed, x.shape[1], bits)
-        return linear_w8a8.launch(x, w, x_scale, w_scale, bias, out_dtype, out)
+        return multiply(x, w, x_scale, w_scale, bias, out_dtype, out)
     return launch_few_rows(x, packed, bits, x_scale, w_scale, bias, out_dtype, out)
+
+
+launch_hopper = partial(launch, multiply=linear_w8a8.launch_hopper)
 
 
 def launch_few_rows(
@@ -157,18 +166,21 @@ def _reference_into(
     out.copy_(reference(x, packed, bits, x_scale, w_scale, bias, out.dtype))
 
 
-def _launch_into(
-    x: Tensor, packed: Tensor, bits: int, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor
-) -> None:
-    launch(x, packed, bits, x_scale, w_scale, bias, out.dtype, out)
-
-
-_op = Op("linear_packed", reference, _fake, cpu={product_name: on_cpu}, cuda={"Triton": launch}, plain=in_parts)
+_op = Op(
+    "linear_packed",
+    reference,
+    _fake,
+    cpu={product_name: on_cpu},
+    cuda={HOPPER: launch_hopper, "Triton": launch},
+    on={HOPPER: _cuda.is_hopper},
+    plain=in_parts,
+)
 _into = Op(
     "linear_packed_into",
     _reference_into,
-    cpu={product_name: linear_w8a8.writing(on_cpu)},
-    cuda={"Triton": _launch_into},
-    plain=linear_w8a8.writing(in_parts),
+    cpu={product_name: writing(on_cpu)},
+    cuda={HOPPER: into(launch_hopper), "Triton": into(launch)},
+    on={HOPPER: _cuda.is_hopper},
+    plain=writing(in_parts),
     mutates=("out",),
 )

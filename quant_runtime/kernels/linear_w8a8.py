@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quant_runtime.kernels import _cuda, linear_w8a8_sm90
 from quant_runtime.kernels._cpu import EXACT_INPUTS, operand, product_name, products, row_chunks, scratch
 from quant_runtime.kernels._triton import TensorDescriptor, jit, processors, shared_kib, tl, triton
 from quant_runtime.kernels._versions import PART_ELEMENTS, Op
@@ -22,6 +23,7 @@ LARGEST_K = 131_072  # 2**17 products of at most 2**14 fill an int32
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW_ROWS = 64  # up to here a small tile; the rest of the card waits for weights anyway
 PERSISTENT_KIB = 215  # of shared memory: three tiles of each operand, and one of y
+HOPPER = "CUDA for sm_90a, Triton for few rows"  # and for answers in float32, and rows at odd places
 WIDE = 1 << 24  # weights of more bytes are shared by more rows at a time, while half of a Hopper's cache holds them
 
 
@@ -245,6 +247,25 @@ def launch(
     return y
 
 
+def launch_hopper(
+    x: Tensor,
+    w: Tensor,
+    x_scale: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """On a Hopper: by hand where that takes the operands, else by Triton."""
+    y = torch.empty(x.shape[0], w.shape[0], dtype=out_dtype, device=x.device) if out is None else out
+    x, w, x_scale, w_scale = (t.contiguous() for t in (x, w, x_scale, w_scale))
+    bias = None if bias is None else bias.contiguous()
+    if not linear_w8a8_sm90.takes(x, w, y, bias):
+        return launch(x, w, x_scale, w_scale, bias, out_dtype, y)
+    linear_w8a8_sm90.launch(x, w, x_scale, w_scale, bias, y)
+    return y
+
+
 def _described(*tensors: Tensor) -> bool:
     """Whether the copy engine takes them: rows and beginnings at multiples of 16 bytes."""
     return all(t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in tensors)
@@ -271,17 +292,33 @@ def _reference_into(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias
     out.copy_(reference(x, w, x_scale, w_scale, bias, out.dtype))
 
 
-def _launch_into(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    launch(x, w, x_scale, w_scale, bias, out.dtype, out)
+def into(version: Callable[..., Tensor]) -> Callable[..., None]:
+    """The version that is given its last argument to write its answer to, in that one's dtype."""
+
+    def write(*args: object) -> None:
+        *operands, out = args
+        assert isinstance(out, Tensor)
+        version(*operands, out.dtype, out)
+
+    return write
 
 
-# _versions.py has the table: the CPU's exact products there, Triton on CUDA, and behind either what is plain torch.
-_op = Op("linear_w8a8", reference, _fake, cpu={product_name: on_cpu}, cuda={"Triton": launch}, plain=in_parts)
+# _versions.py has the table: the CPU's exact products there, ours on CUDA, and behind either what is plain torch.
+_op = Op(
+    "linear_w8a8",
+    reference,
+    _fake,
+    cpu={product_name: on_cpu},
+    cuda={HOPPER: launch_hopper, "Triton": launch},
+    on={HOPPER: _cuda.is_hopper},
+    plain=in_parts,
+)
 _into = Op(
     "linear_w8a8_into",
     _reference_into,
     cpu={product_name: writing(on_cpu)},
-    cuda={"Triton": _launch_into},
+    cuda={HOPPER: into(launch_hopper), "Triton": into(launch)},
+    on={HOPPER: _cuda.is_hopper},
     plain=writing(in_parts),
     mutates=("out",),
 )

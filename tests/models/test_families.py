@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from models import load, registry
 from models.video import networks
-from quant_runtime import narrow_linear, quality
+from quant_runtime import narrow_linear, quality, wide_face
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.linear import QuantLinear
 from quant_runtime.narrow_linear import NarrowLinear
@@ -159,6 +159,7 @@ def test_on_a_cpu_its_large_layers_stay_in_16_bits_and_it_films_the_same(case, c
     """Of a tiny network every layer counts as large."""
     want = load.load(made.folder, "cpu")
     monkeypatch.setattr(narrow_linear, "LARGE", 1)
+    monkeypatch.setattr(wide_face, "LEAST", 1)
     got = load.load(made.folder, "cpu")
     asked, fed = case.inputs(checkpoint), []
     for network in networks(got.network).values():

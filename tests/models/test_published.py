@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
+import torch
+import transformers
 
 from models import registry
-from models.published import PUBLISHED
+from models.published import PARTS, PUBLISHED
 from models.video import linear_inside
 from quant_runtime.convert import prepare
 from quant_runtime.formats import QuantFormat
@@ -24,6 +27,19 @@ def size(network) -> float:
 def test_parameters_are_those_that_it_says(published):
     counted = sum(parameter.numel() for parameter in published.on_meta().parameters())
     assert round(counted / 1e9, 4) == published.parameters
+
+
+@pytest.mark.parametrize(
+    "part", [part for parts in PARTS.values() for part in parts.values()], ids=lambda part: part.kind
+)
+def test_parameters_of_what_does_not_shrink_are_those_that_it_says(part):
+    with torch.device("meta"):
+        if kind := getattr(diffusers, part.kind, None):
+            made = kind(**part.config)
+        else:
+            kind = getattr(transformers, part.kind)
+            made = kind(kind.config_class(**part.config))
+    assert round(sum(parameter.numel() for parameter in made.parameters()) / 1e9, 4) == part.parameters
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,22 @@
 import hashlib
+import inspect
 import json
 import shutil
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
-from models import registry, stream, synthetic, tiny
-from models.published import PUBLISHED, UMT5_XXL
+from models import load, registry, stream, synthetic, tiny
+from models.published import PARTS, PUBLISHED
 from models.wan import Wan
 from quant_runtime import artifact
 from quant_runtime.attention import AttentionPlan
 from quant_runtime.formats import W4A8
 from quant_runtime.methods import Rtn
-from quant_runtime.tensor_files import TensorFiles
 from tests.models import films
 from tests.models.synthetics import NAME, WAN, index_of, nothing
 
@@ -164,17 +166,39 @@ def test_it_becomes_an_artifact_layer_by_layer(made, tmp_path):
     assert len(manifest.layers) == 20
 
 
-def test_with_a_text_encoder_of_other_widths_it_runs_too(tmp_path):
-    widths = {"vocab_size": 2000, "d_model": 48, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 6}
-    assert UMT5_XXL.keys() > widths.keys()
-    synthetic.write_whole(WAN, tmp_path / "whole", tiny.LIMITS, nothing, encoder=dict(UMT5_XXL) | widths)
-    with TensorFiles.open(tmp_path / "whole" / "text_encoder", "model") as files:
-        assert {its.dtype for its in files.tensors.values()} == {torch.bfloat16}
-        assert "encoder.embed_tokens.weight" not in files.tensors
-    model = Wan().load(tmp_path / "whole", "cpu", torch.float32)
-    assert model.pipe.text_encoder.shared.weight.shape == (2000, 48)
-    assert model.network.config.text_dim == 48
-    assert model.film(films.inputs(width=96, height=64), nothing).frames.shape == (9, 64, 96, 3)
+@pytest.mark.parametrize("family", [*PARTS])
+def test_with_all_parts_at_their_sizes_it_is_a_checkpoint_of_the_hub_s_names(family, tmp_path, monkeypatch):
+    """Here smaller ones."""
+    small = {"vocab_size": 900, "d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8}
+    small |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "projection_dim": 32}
+    coded = {"block_out_channels": (32, 32, 32, 32), "base_dim": 8}
+    parts = {}
+    for name, part in PARTS[family].items():
+        taken = inspect.signature(getattr(diffusers, part.kind)).parameters if name == "vae" else part.config
+        parts[name] = replace(part, config={**part.config, **{k: v for k, v in (small | coded).items() if k in taken}})
+    network = next(its for its in PUBLISHED.values() if its.family == family)
+    narrow = {"num_attention_heads": 2, "num_layers": 1, "num_single_layers": 1, "ffn_dim": 64, "num_refiner_layers": 1}
+    its = inspect.signature(getattr(diffusers, network.network)).parameters
+    network = replace(network, config={**network.config, **{k: v for k, v in narrow.items() if k in its}})
+    folder = tmp_path / "full"
+    synthetic.write_full(network, parts, folder, nothing)
+    for name, part in parts.items():
+        kind = getattr(diffusers, part.kind, None) or getattr(transformers, part.kind)
+        made = kind.from_pretrained(folder / name, dtype=torch.bfloat16)
+        files = (folder / name).glob("*.safetensors")
+        assert {its.dtype for file in files for its in load_file(file).values()} == {torch.bfloat16}
+        assert all(getattr(made.config, key) == value for key, value in part.config.items() if key in small)
+    words = {"base": "synthetic", "device": "cpu", "on_bytes": nothing}
+    stream.compress(registry.family(family), folder, Rtn(), W4A8, AttentionPlan(), tmp_path / "out", **words)
+    load.load(tmp_path / "out", "cpu")
+    with pytest.raises(FileExistsError, match="choose another name"):
+        synthetic.write_full(network, parts, folder, nothing)
+
+
+def test_two_networks_that_take_turns_are_not_made_whole(tmp_path):
+    with pytest.raises(ValueError, match="of one network"):
+        synthetic.write_full(PUBLISHED["wan-2.2-t2v-a14b"], PARTS["wan"], tmp_path / "full", nothing)
 
 
 def test_with_small_parts_around_it_it_runs(tmp_path):

@@ -123,7 +123,7 @@ def test_channels_that_lie_side_by_side_turn_as_those_that_lie_apart():
     """Scores do not know in which order channels are."""
     q, k = torch.randn(2, 3, 17, 2, 64)
     cos, sin = rope_table(3, 4, 5, 64, q.device)
-    order = neighbours(64)
+    order = neighbours(64, torch.device("cpu"))
     pairs = [t[:, 0, order[1::2]] for t in (cos, sin)]
     want_q, want_k = rotate(q, cos, sin), rotate(k, cos, sin)
     got_q, got_k = turned(q[..., order], *pairs), turned(k[..., order], *pairs)

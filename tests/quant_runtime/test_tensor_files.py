@@ -27,6 +27,14 @@ def write(folder, shard_bytes=1 << 20, order=TENSORS):
         writer.sync()
 
 
+def poured(held, digests=None, **changed):
+    """What comes of it in tensors of the dtypes in which they lie, or of those that are `changed`."""
+    kinds = {key: its.dtype for key, its in held.tensors.items()} | changed
+    into = {key: torch.full(its.shape, 3).to(kinds[key]) for key, its in held.tensors.items()}
+    held.pour(into, digests)
+    return into
+
+
 def same(one, other):
     return one.keys() == other.keys() and all(
         one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one
@@ -51,14 +59,14 @@ def test_what_safetensors_writes_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 20, 30, 1])
-def test_a_stream_reads_every_tensor_in_its_place_and_hashes_the_same_reading(tmp_path, shard_bytes, monkeypatch):
+def test_pouring_reads_every_tensor_once_and_hashes_the_same_reading(tmp_path, shard_bytes, monkeypatch):
     write(tmp_path, shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     read, preadv = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: read.append(preadv(*args)) or read[-1])
     with TensorFiles.open(tmp_path, "model") as held:
-        assert same({key: tensor.clone() for key, tensor in held.stream(digests)}, TENSORS)
+        assert same(poured(held, digests), TENSORS)
     assert sum(read) == sum(file.stat().st_size for file in files), "once, and every byte"
 
 
@@ -71,15 +79,13 @@ def test_a_file_that_is_another_is_refused_behind_its_last_tensor(tmp_path, word
     data = bytearray(file.read_bytes())
     data[data.index(word) + 1 if word else -1] ^= 1
     file.write_bytes(data)
-    got = []
     with TensorFiles.open(tmp_path, "model") as held, pytest.raises(ValueError, match=f"{file.name} is damaged"):
-        got.extend(held.stream(digests))
-    assert got
+        poured(held, digests)
 
 
 @pytest.mark.parametrize("left", [*TENSORS])
 def test_the_hash_is_that_of_the_file_where_not_all_of_it_is_wanted(tmp_path, left, monkeypatch):
-    monkeypatch.setattr(tensor_files, "PASSED", 7)
+    monkeypatch.setattr(tensor_files, "PASSED", 8)
     write(tmp_path)
     file = tmp_path / "model.safetensors"
     digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
@@ -87,13 +93,13 @@ def test_the_hash_is_that_of_the_file_where_not_all_of_it_is_wanted(tmp_path, le
         some = {key: stored for key, stored in held.tensors.items() if key != left}
         place = held.tensors[left]
     with TensorFiles(some) as held:
-        assert {key for key, _ in held.stream(digests)} == some.keys()
+        assert same(poured(held, digests), {key: its for key, its in TENSORS.items() if key != left})
     if place.bytes:
         data = bytearray(file.read_bytes())
         data[place.offset] ^= 1
         file.write_bytes(data)
         with TensorFiles(some) as held, pytest.raises(ValueError, match="is damaged"):
-            list(held.stream(digests))
+            poured(held, digests)
 
 
 def test_a_tied_tensor_lies_in_no_file_and_is_the_one_that_it_names(tmp_path):
@@ -111,7 +117,7 @@ def test_a_tied_tensor_lies_in_no_file_and_is_the_one_that_it_names(tmp_path):
 def test_files_without_an_index_are_read_together(tmp_path):
     write(tmp_path, 30)
     with TensorFiles.among(sorted(tmp_path.glob("*.safetensors"))) as held:
-        assert same({key: tensor.clone() for key, tensor in held.stream()}, TENSORS)
+        assert same(poured(held), TENSORS)
     file = min(tmp_path.glob("*.safetensors"))
     (tmp_path / "again.safetensors").write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match=rf"again\.safetensors has a, and so has {file.name}"):
@@ -142,16 +148,53 @@ def test_a_network_is_filled_strictly_and_tensor_by_tensor(tmp_path):
             fill(nn.Sequential(nn.Linear(3, 4)), held, "cpu")
 
 
-def test_what_stays_as_it_lies_is_read_where_it_stays_and_the_rest_in_one_place(tmp_path):
+WIDER = {"a": torch.float64, "c": torch.float32, "e": torch.int32}
+
+
+@pytest.mark.parametrize("passed", [8, 24, 1 << 10])
+def test_what_is_to_be_of_another_dtype_passes_in_parts_through_one_place(tmp_path, passed, monkeypatch):
+    """And what lies as it is to be is read where it is to be: nothing larger than that place is beside the tensors."""
+    monkeypatch.setattr(tensor_files, "PASSED", passed)
+    write(tmp_path)
+    file = tmp_path / "model.safetensors"
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    sizes, empty = [], torch.empty
+    with TensorFiles.open(tmp_path, "model") as held:
+        monkeypatch.setattr(torch, "empty", lambda *args, **words: sizes.append(args) or empty(*args, **words))
+        got = poured(held, digests, **WIDER)
+        monkeypatch.setattr(torch, "empty", empty)
+    assert same(got, {key: its.to(WIDER.get(key, its.dtype)) for key, its in TENSORS.items()})
+    assert sizes == [(passed,)]
+
+
+def test_a_device_with_memory_of_its_own_gets_every_part(tmp_path, monkeypatch):
+    """The meta device stands for it: what is copied there is seen on its way."""
+    monkeypatch.setattr(tensor_files, "PASSED", 24)
+    write(tmp_path)
+    seen, copy = [], torch.Tensor.copy_
+
+    def copied(target, source):
+        seen.append((target.device.type, source.clone()))
+        return copy(target, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
+    with TensorFiles.open(tmp_path, "model") as held:
+        held.pour({key: torch.empty(its.shape, dtype=its.dtype, device="meta") for key, its in held.tensors.items()})
+    assert {device for device, _ in seen} == {"meta"}
+    whole = [TENSORS[key].view(-1) for key in held.tensors]
+    want = [part for its in whole for part in its.split(24 // its.element_size()) if len(part)]
+    assert [(part.dtype, part.tolist()) for _, part in seen] == [(part.dtype, part.tolist()) for part in want]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU takes the parts out of pinned memory")
+def test_a_gpu_gets_the_values_as_they_lie_and_as_they_are_to_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "PASSED", 24)
     write(tmp_path)
     with TensorFiles.open(tmp_path, "model") as held:
-        places = {
-            key: tensor.untyped_storage().data_ptr() for key, tensor in held.stream(stays=lambda key: key in "ae")
-        }
-        got = [(key, tensor.clone()) for key, tensor in held.stream(stays=lambda key: key in "ae")]
-    assert len({places[key] for key in "bcd"}) == 1
-    assert len({places[key] for key in "abe"}) == 3
-    assert same(dict(got), TENSORS)
+        kinds = {key: WIDER.get(key, its.dtype) for key, its in held.tensors.items()}
+        into = {key: torch.empty(its.shape, dtype=kinds[key], device="cuda") for key, its in held.tensors.items()}
+        held.pour(into)
+    assert same({key: its.cpu() for key, its in into.items()}, {key: t.to(kinds[key]) for key, t in TENSORS.items()})
 
 
 def test_whole_numbers_are_not_taken_for_floats(tmp_path):

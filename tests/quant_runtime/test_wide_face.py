@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 
-from quant_runtime import narrow_linear
+from quant_runtime import wide_face
 from quant_runtime.kernels import _cpu
 from quant_runtime.wide_face import FacedEmbedding, FacedLinear, face, faceable
 from tests.support import relative_error
@@ -31,7 +32,7 @@ def network(dtype=torch.bfloat16):
 
 @pytest.fixture(autouse=True)
 def small_ones_count(monkeypatch):
-    monkeypatch.setattr(narrow_linear, "LARGE", 10)
+    monkeypatch.setattr(wide_face, "LEAST", 10)
 
 
 def test_large_layers_and_embeddings_can_and_nothing_that_may_be_more():
@@ -77,3 +78,33 @@ def test_what_is_wide_stays_as_it_is():
     made = network(torch.float32)
     face(made, faceable(made))
     assert [type(layer) for layer in (made.words, made.first)] == [nn.Embedding, nn.Linear]
+
+
+class Padded(nn.Conv3d):
+    """As autoencoders have them."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 0, 0, 0, 2, 0)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (1, 4, 7, 9)),
+        (nn.Conv3d(4, 6, (1, 3, 3), stride=(1, 2, 2)), (1, 4, 3, 7, 9)),
+        (Padded(4, 6, 3, bias=False), (2, 4, 3, 7, 9)),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_a_convolution_behind_its_face_answers_bit_for_bit_what_it_does_in_float32(layer, shape):
+    got = nn.Sequential(layer.bfloat16().requires_grad_(False))
+    want = deepcopy(got).float()
+    assert faceable(got) == ["0"]
+    face(got, ["0"])
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.float()
+    assert layer.behind.dtype == torch.bfloat16
+    assert layer.weight.isnan().all()
+    assert {its.dtype for its in got.parameters()} == {torch.float32}
+    x = torch.randn(shape)
+    assert torch.equal(got(x), want(x))

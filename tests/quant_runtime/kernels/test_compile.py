@@ -127,6 +127,7 @@ def launches() -> Iterator[Callable[[], object]]:
         yield lambda given=given, x=x: attention_fp8.launch(*given, x, None)
         yield lambda given=given, x=x: attention_fp8.launch(*given, x.to(torch.int8), torch.ones(1, 2, 200))
         yield lambda given=given: attention_fp8.refresh_launch(*given)
+        yield lambda given=given: attention_fp8.lse_launch(*given)
         yield lambda given=given, x=x: attention_fp8.launch(*given, x, None, places)
         yield lambda given=given: attention_fp8.refresh_launch(*given, places)
 

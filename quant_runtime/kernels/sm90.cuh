@@ -1,0 +1,54 @@
+// What kernels for Hopper (sm_90a) have in common: barriers in shared memory, and products that are waited for.
+
+typedef unsigned long long u64;
+typedef unsigned int u32;
+typedef long long i64;
+
+struct alignas(64) TensorMap {
+  char bytes[128];
+};
+
+__device__ __forceinline__ u32 address_of(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u64 *bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(bar)), "r"(arrivals));
+}
+
+__device__ __forceinline__ void expect(u64 *bar, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(bar)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u64 *bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(bar)) : "memory");
+}
+
+__device__ __forceinline__ void wait(u64 *bar, int phase) {
+  asm volatile(
+      "{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done:}"
+      ::"r"(address_of(bar)), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ void copy_tile(u32 to, const TensorMap *map, int x, int y, u64 *bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+      ::"r"(to), "l"(map), "r"(address_of(bar)), "r"(x), "r"(y) : "memory");
+}
+
+__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int LEFT> __device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// Nothing that computes or reads these registers moves across. (A float goes as one: as a word it would be copied.)
+template <int N, typename T> __device__ __forceinline__ void hold(T (&r)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(r[i])::"memory");
+}
+
+template <int N> __device__ __forceinline__ void hold(float (&r)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(r[i])::"memory");
+}

@@ -1,0 +1,77 @@
+"""Few views launched as one. On a CPU with the stand-in of tests/quant_runtime/test_graphs.py."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from models import vggt_graph
+from models.vggt_blocks import pack_blocks
+from quant_runtime import graphs
+from quant_runtime.attention import AttentionPlan
+from quant_runtime.sparsity.topk import TopK
+from tests.models.test_vggt_blocks import PACKED, model
+from tests.quant_runtime.test_graphs import Again
+
+SPARSE = AttentionPlan(TopK(0.5), dense_qk_bits=8, pv_bits=8)
+
+
+@pytest.fixture
+def made(device, monkeypatch):
+    made = model()
+    made.net.to(device)
+    pack_blocks(made.net)
+    made.launch_as_one()
+    if device == "cpu":
+        monkeypatch.setattr(graphs, "Recorded", partial(Again, made.by_graph.by_graph.states))
+    return made
+
+
+def scene(views, device):
+    return torch.rand(1, views, 3, 42, 56, device=device)
+
+
+def taps(made, forward, images, on_part=None):
+    made.attention.start(1)
+    made.inside_frames.start(1)
+    with torch.inference_mode():
+        return torch.stack(forward(images, on_part))
+
+
+@pytest.mark.parametrize("plan", [PACKED, SPARSE], ids=["dense", "sparse"])
+def test_scenes_launched_as_one_answer_what_they_answer_block_by_block(plan, made, device):
+    made.attend(plan)
+    for number in range(4):
+        images = scene(3, device)
+        want, density = taps(made, made.by_graph.plain, images), made.attention.density()
+        got = taps(made, made.net.aggregator, images)
+        assert made.by_graph.launched == (number > 0)
+        assert torch.equal(got, want)
+        assert made.attention.density() == density, "run.json says what ran"
+        assert made.inside_frames.density().effective == 1
+
+
+def test_many_views_run_block_by_block(made, device, monkeypatch):
+    made.attend(PACKED)
+    monkeypatch.setattr(vggt_graph, "MOST_TOKENS", 3 * 17)  # a view has 5 and 12
+    for views, launched in ((3, True), (4, False)):
+        for _ in range(2):
+            taps(made, made.net.aggregator, scene(views, device))
+        assert made.by_graph.launched == launched
+
+
+def test_another_plan_is_recorded_anew(made, device):
+    images = scene(3, device)
+    for plan in (PACKED, SPARSE):
+        made.attend(plan)
+        taps(made, made.net.aggregator, images)
+        assert not made.by_graph.launched
+        taps(made, made.net.aggregator, images)
+        assert made.by_graph.launched
+
+
+def test_all_parts_are_told_of_when_all_are_done(made, device):
+    told, depth = [], made.net.config.depth
+    for _ in range(2):
+        taps(made, made.net.aggregator, scene(3, device), lambda: told.append(len(made.attention.made)))
+    assert told == [*range(depth + 1), *[depth] * (depth + 1)]
