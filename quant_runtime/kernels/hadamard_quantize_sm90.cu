@@ -6,30 +6,15 @@
 // differences of a thread's own numbers, 8 to 10 those of two threads, and 11 those of two warps. H of all bits is the
 // product of these, in any order.
 
-typedef unsigned long long u64;
-typedef unsigned int u32;
-typedef long long i64;
+#include "sm90.cuh"
 
 constexpr int TILE = 2048;  // columns, of one row or of several
 constexpr int TILES = (ROWS * K + TILE - 1) / TILE, THREADS = 32 * TILES;
-constexpr float WHOLE = 12582912.0f;  // 1.5 * 2**23: the lowest bits are the number
 static_assert(K % 256 == 0 && K % B == 0 && B >= 32 && B <= 2 * TILE, "a thread's 256 columns are of one row");
 static_assert(B <= TILE || TILES % 2 == 0, "two warps turn together");
 
-__device__ __forceinline__ u32 address_of(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
 __device__ __forceinline__ void bring(u32 to, const void *from, bool inside) {  // 16 bytes, or zeros
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_own() {
-  asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
-}
-
-__device__ __forceinline__ float larger(float a, float b) {  // a NaN is the largest
-  float r;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
 }
 
 __device__ __forceinline__ void times_h16(float (&y)[4], const u32 (&x)[4], u32 low, u32 high) {
@@ -52,15 +37,9 @@ __device__ __forceinline__ void turn(float &a, float &b) {
 
 __device__ __forceinline__ u32 four(const float *x, float by) {
 #if FP8
-  u32 r;
-  asm("{.reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, %2, %1; cvt.rn.satfinite.e4m3x2.f32 h, %4, %3; mov.b32 %0, {l, h};}"
-      : "=r"(r) : "f"(x[0] * by), "f"(x[1] * by), "f"(x[2] * by), "f"(x[3] * by));
-  return r;
+  return four_e4m3(x[0] * by, x[1] * by, x[2] * by, x[3] * by);
 #else
-  u32 a[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = __float_as_uint(fmaf(x[i], by, WHOLE));
-  return __byte_perm(__byte_perm(a[0], a[1], 0x0040), __byte_perm(a[2], a[3], 0x0040), 0x5410);
+  return four_bytes(x, by);
 #endif
 }
 
@@ -171,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) hadamard_quantiz
 #pragma unroll
       for (int i = 0; i < 64; ++i) flat[i] = fmaf(flat[i], sign, __shfl_xor_sync(~0u, flat[i], far));
     }
-    if (B > TILE) {  // block 2g + `second` of both tiles comes to this thread, 2g + 1 - `second` goes to the other one's
+    if (B > TILE) {  // block 2g + `second` of both tiles comes to this thread, the other block to the other warp's
 #pragma unroll
       for (int i = 0; i < 32; ++i) turned[i * THREADS + threadIdx.x] = second ? flat[i] : flat[i + 32];
       asm volatile("bar.sync %0, 64;" ::"r"(threadIdx.x / 64 + 1) : "memory");

@@ -8,29 +8,25 @@
 // on, as much of it as the second-level cache still holds. q and k come by tokens, all heads of a block together, since
 // these share their angles. A piece waits only for pieces before it, and every program works through its own in order.
 
-typedef unsigned long long u64;
-typedef unsigned int u32;
-typedef long long i64;
+#include "sm90.cuh"
 
 constexpr int WARPS = THREADS / 32;
-constexpr int OWN = 16;                     // channels that a thread has of a token: 8 of its first half, 8 of its second
-constexpr int LANES = D / OWN;              // threads of a token
-constexpr int AT_ONCE = THREADS / LANES;    // tokens
+constexpr int OWN = 16;                      // channels that a thread has of a token: 8 of either half
+constexpr int LANES = D / OWN;               // threads of a token
+constexpr int AT_ONCE = THREADS / LANES;     // tokens
 constexpr int STEPS = BT / AT_ONCE;
-constexpr int SUMS = AT_ONCE / 2;           // of two threads each, which have half of its channels apiece
-constexpr int PIECES = D / 8;               // of 16 bytes that a token has
+constexpr int SUMS = AT_ONCE / 2;            // of two threads each, which have half of its channels apiece
+constexpr int PIECES = D / 8;                // of 16 bytes that a token has
 constexpr int V_TASKS = BT / 16 * (D / 64);  // 16 tokens of 64 channels are a warp's
 constexpr int V_ROUNDS = (V_TASKS + WARPS - 1) / WARPS;
 constexpr int SLOTS = 2 * STEPS > 4 * V_ROUNDS ? 2 * STEPS : 4 * V_ROUNDS;
 constexpr int ANGLES = ROPE == 1 ? 4 * STEPS : 0;  // of 8 bytes that a thread has: in float32 they stay where they are
-constexpr float TOP = 127.0f, FP8_TOP = 448.0f, WHOLE = 12582912.0f;  // 1.5 * 2**23: the lowest bits are the number
+constexpr float TOP = 127.0f, FP8_TOP = 448.0f;
 enum Kind { CENTER, MOST, VALUES, QUERIES, KEYS };
 
 struct Work {
   int kind, head, block;
 };
-
-__device__ __forceinline__ u32 address_of(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 // 16 bytes, or zeros: then nothing is read, whatever `from` is.
 __device__ __forceinline__ void bring(u32 to, const void *from, bool inside, u64 policy) {
@@ -40,16 +36,6 @@ __device__ __forceinline__ void bring(u32 to, const void *from, bool inside, u64
 
 __device__ __forceinline__ void bring_8(u32 to, const void *from, bool inside) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(inside ? 8 : 0) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_own() {
-  asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
-}
-
-__device__ __forceinline__ float larger(float a, float b) {  // a NaN is the largest
-  float r;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-  return r;
 }
 
 __device__ __forceinline__ u32 larger_pair(u32 a, u32 b) {  // passes over NaN
@@ -63,7 +49,8 @@ __device__ __forceinline__ u32 larger_pair(u32 a, u32 b) {  // passes over NaN
 }
 
 __device__ __forceinline__ void half_floats(u32 pair, float &low, float &high) {
-  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(low), "=f"(high) : "r"(pair));
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(low), "=f"(high) : "r"(pair));
 }
 
 __device__ __forceinline__ void floats(u32 pair, float &low, float &high) {
@@ -92,20 +79,6 @@ __device__ __forceinline__ float of_token(float x) {  // the sum over a token's 
 #pragma unroll
   for (int lane = 1; lane < LANES; lane *= 2) x += __shfl_xor_sync(~0u, x, lane);
   return x;
-}
-
-__device__ __forceinline__ u32 four_bytes(const float *x, float by) {
-  u32 a[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = __float_as_uint(fmaf(x[i], by, WHOLE));
-  return __byte_perm(__byte_perm(a[0], a[1], 0x0040), __byte_perm(a[2], a[3], 0x0040), 0x5410);
-}
-
-__device__ __forceinline__ u32 four_e4m3(float a, float b, float c, float d) {
-  u32 r;
-  asm("{.reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, %2, %1; cvt.rn.satfinite.e4m3x2.f32 h, %4, %3; mov.b32 %0, {l, h};}"
-      : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
-  return r;
 }
 
 __device__ __forceinline__ void wait_until(const int *counter, int many) {
@@ -377,7 +350,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) pack_heads_sm90(
     if (tid < D) {
 #if NORM == 2
       const int b = divided(w.head, by_heads);
-      weights[(queries ? 0 : 3 * D) + tid] = __ldg((queries ? norm_q : norm_k) + (w.head - b * H) * D + channel_of(tid));
+      weights[(queries ? 0 : 3 * D) + tid] =
+          __ldg((queries ? norm_q : norm_k) + (w.head - b * H) * D + channel_of(tid));
 #endif
       if (w.kind == KEYS) {
         if (!centers_known) {
@@ -471,7 +445,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) pack_heads_sm90(
 #pragma unroll
         for (int s = 1; s < STEPS; ++s) added[j] = fmaf(x[s][j], factor[s], added[j]);
       }
-      const bool upper = lane & 16;  // has the sums of its second half of channels, of both threads, the other of the first
+      const bool upper = lane & 16;  // takes its second half of channels, of both threads, the other the first
       float *to = sums + (which * SUMS + warp * (16 / LANES) + lane % 16 / LANES) * D + (upper ? D / 2 : 0) + c * 4;
 #pragma unroll
       for (int j = 0; j < OWN / 2; ++j) {

@@ -1,4 +1,4 @@
-// What kernels for Hopper (sm_90a) have in common: barriers in shared memory, and products that are waited for.
+// What kernels for Hopper (sm_90a) have in common: barriers in shared memory, products that are waited for, rounding.
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
@@ -51,4 +51,30 @@ template <int N, typename T> __device__ __forceinline__ void hold(T (&r)[N]) {
 template <int N> __device__ __forceinline__ void hold(float (&r)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(r[i])::"memory");
+}
+
+// Until what this thread has asked for by cp.async has come.
+__device__ __forceinline__ void wait_for_own() {
+  asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
+}
+
+__device__ __forceinline__ float larger(float a, float b) {  // a NaN is the largest
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
+// Each times `by`, as a byte, half to even, where that is at most 127: 1.5 * 2**23 leaves no bits below one.
+__device__ __forceinline__ u32 four_bytes(const float *x, float by) {
+  u32 a[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = __float_as_uint(fmaf(x[i], by, 12582912.0f));
+  return __byte_perm(__byte_perm(a[0], a[1], 0x0040), __byte_perm(a[2], a[3], 0x0040), 0x5410);
+}
+
+__device__ __forceinline__ u32 four_e4m3(float a, float b, float c, float d) {
+  u32 r;
+  asm("{.reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, %2, %1; cvt.rn.satfinite.e4m3x2.f32 h, %4, %3;"
+      "mov.b32 %0, {l, h};}" : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
+  return r;
 }
