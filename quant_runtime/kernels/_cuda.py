@@ -156,31 +156,46 @@ def head_tiles(x: Tensor, rows: int) -> Any:
 
 def _compiled(source: Path, defines: Defines) -> tuple[bytes, bool]:
     """Machine code for sm_90a, and whether it lay on the disk, where Triton keeps its own."""
-    text = source.read_bytes()
-    common = {one.name.encode(): one.read_bytes() for one in sorted(source.parent.glob("*.cuh"))}
-    options = [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{name}={value}".encode() for name, value in defines)]
-    version = _checked(nvrtc.nvrtcVersion())
+    text, common = source.read_bytes(), _headers(source)
+    options, version = _options(defines), _checked(nvrtc.nvrtcVersion())
     name = hashlib.sha256(repr((version, options, common)).encode() + text).hexdigest()
     kept = Path(triton.knobs.cache.dir) / f"{source.stem}-{name[:32]}.cubin" if triton is not None else None
     if kept is not None:
         with suppress(OSError):  # not there, or another user's: then it is compiled
             return kept.read_bytes(), True
 
-    program = _checked(nvrtc.nvrtcCreateProgram(text, source.name.encode(), len(common), [*common.values()], [*common]))
-    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{source.name} does not compile: {log.decode(errors='replace').strip()}")
-    code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-    _checked(nvrtc.nvrtcGetCUBIN(program, code))
-    _checked(nvrtc.nvrtcDestroyProgram(program))
+    code, _ = assembled(source, defines)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         aside = kept.with_name(f"{kept.name}.{os.getpid()}")
         aside.write_bytes(code)
         aside.replace(kept)
     return code, False
+
+
+def assembled(source: Path, defines: Defines, *more: bytes) -> tuple[bytes, str]:
+    """Machine code for sm_90a, and what the compiler has to say. RuntimeError, with that, where it does not compile."""
+    common, options = _headers(source), [*_options(defines), *more]
+    given = (source.read_bytes(), source.name.encode(), len(common), [*common.values()], [*common])
+    program = _checked(nvrtc.nvrtcCreateProgram(*given))
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    said = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+    _checked(nvrtc.nvrtcGetProgramLog(program, said))
+    log = said.rstrip(b"\0").decode(errors="replace").strip()
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"{source.name} does not compile: {log}")
+    code = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return code, log
+
+
+def _headers(source: Path) -> dict[bytes, bytes]:
+    return {one.name.encode(): one.read_bytes() for one in sorted(source.parent.glob("*.cuh"))}
+
+
+def _options(defines: Defines) -> list[bytes]:
+    return [b"--gpu-architecture=sm_90a", b"--std=c++17", *(f"-D{name}={value}".encode() for name, value in defines)]
 
 
 def _checked(result: Sequence[Any]) -> Any:

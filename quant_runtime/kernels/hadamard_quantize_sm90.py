@@ -34,13 +34,19 @@ def launch(
 ) -> None:
     """Fills q and scale."""
     m, k = x.shape
-    rows = next((r for r in (1, 2, 4, 8) if r * k % TILE == 0 and r * k <= MOST_TILES * TILE), 1)
-    tiles = -(-rows * k // TILE)
+    rows, tiles = shape_of(k)
     kernel = _kernel(x.device, k, block, rows, tiles, KINDS[x.dtype], factor is not None, q.dtype != torch.int8)
     programs = min(_programs(tiles) * processors(x.device), -(-m // rows))
     factor = None if factor is None else _cuda.aligned(factor)
     if programs:
         kernel(programs, 32 * tiles, x, signs, factor, q, scale, m, top, tiny, 1 / math.sqrt(block))
+
+
+def shape_of(columns: int) -> tuple[int, int]:
+    """(rows that a program turns at a time, tiles that they are)."""
+    whole = (r for r in (1, 2, 4, 8) if r * columns % TILE == 0 and r * columns <= MOST_TILES * TILE)
+    rows = next(whole, 1)
+    return rows, -(-rows * columns // TILE)
 
 
 def _programs(tiles: int) -> int:
