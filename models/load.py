@@ -13,7 +13,8 @@ def load(folder: Path, device: str, check: bool = True) -> Model:
     """The artifact's model on `device`, warm. ArtifactError names the file or field that does not fit.
 
     All weights are read once, each straight to the device: beside what stays there, the host holds a few MiB. Hashes
-    are those of that reading. `check=False` leaves them out, for a folder that was verified before or whose disk is
+    are those of that reading; what its library alone can read is hashed before, and goes through the host, as the log
+    says. `check=False` leaves them out, for a folder that was verified before or whose disk is
     trusted.
     """
     manifest = artifact.read_manifest(folder)

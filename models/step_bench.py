@@ -141,7 +141,7 @@ def compile_blocks(made: Any, device: torch.device, tokens: int) -> None:
         if type(part).__name__ in repeated:
             part.compile(fullgraph=True)
     if device.type == "cuda" and tokens <= MOST_TOKENS:
-        made.forward = ByGraph(made.forward, tuple, lambda **given: True)
+        made.forward = ByGraph(made.forward, tuple, lambda **given: True, compiled=True)
 
 
 def stock(made: Any) -> None:
@@ -151,12 +151,13 @@ def stock(made: Any) -> None:
         part._compiled_call_impl = None
 
 
-def tokens_of(name: str, config: Any, latents: Tensor) -> int:
-    """Of a pass, text aside."""
+def tokens_of(name: str, config: Any, inputs: dict[str, Any]) -> int:
+    """Of a pass; of the text those that lie among them."""
+    latents, text = inputs["hidden_states"], 0 if name.startswith("wan") else inputs["encoder_hidden_states"].shape[1]
     height, width = latents.shape[3:]
     frames, patch = latents.shape[1 if name.startswith("cogvideox") else 2], config.patch_size
     sides = patch if isinstance(patch, (tuple, list)) else (getattr(config, "patch_size_t", None) or 1, patch, patch)
-    return len(latents) * (frames // sides[0]) * (height // sides[1]) * (width // sides[2])
+    return len(latents) * ((frames // sides[0]) * (height // sides[1]) * (width // sides[2]) + text)
 
 
 def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
@@ -166,7 +167,7 @@ def rows(name: str, chosen: Any) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     made = network(name, device)
     inputs = INPUTS[name](made.config, width, height, chosen.frames, device)
-    tokens = tokens_of(name, made.config, inputs["hidden_states"])  # of few the second pass is recorded
+    tokens = tokens_of(name, made.config, inputs)  # few are recorded behind the second pass
 
     def step() -> Tensor:
         answer: Tensor = made(**inputs)[0]

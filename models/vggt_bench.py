@@ -56,7 +56,7 @@ def compile_blocks(made: VGGT, device: torch.device) -> Callable[[], None]:
     torch._dynamo.reset()  # what was compiled for another number of views is no use here, and counts against a limit
     inside: Any = made.aggregator
     if device.type == "cuda":
-        inside.forward = LaunchedAggregator(inside, tuple)
+        inside.forward = LaunchedAggregator(inside, tuple, compiled=True)
     blocks = [*inside.patch_embed.blocks, *inside.frame_blocks, *inside.global_blocks]
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
@@ -90,7 +90,7 @@ def rows(chosen: Any, config: VGGTConfig = VGGT_1B) -> Iterator[dict[str, Any]]:
     wanted: dict[str, Tensor] = {}
 
     def measured(case: str, call: Callable[[], list[Tensor]], run: str) -> list[dict[str, Any]]:
-        answers, seconds = timing.timed(call, chosen.rounds, device, warmups=2)  # the second is recorded
+        answers, seconds = timing.timed(call, chosen.rounds, device, warmups=2)  # few are recorded behind the second
         error = timing.relative(answers[-1], wanted[case].to(device)) if case in wanted else None
         if run == BASELINE:
             wanted[case] = answers[-1].cpu()  # not on the device: a tap of 200 views is most of a gigabyte

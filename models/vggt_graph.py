@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -18,9 +19,11 @@ class LaunchedAggregator:
     end.
     """
 
-    def __init__(self, aggregator: Aggregator, states: Callable[[], Sequence[AttentionState]]) -> None:
+    def __init__(
+        self, aggregator: Aggregator, states: Callable[[], Sequence[AttentionState]], compiled: bool = False
+    ) -> None:
         self.plain, self.config = aggregator.forward, aggregator.config
-        self.by_graph = ByGraph(self.plain, states, self._few)
+        self.by_graph = ByGraph(self.plain, states, self._few, compiled)
 
     @property
     def launched(self) -> bool:
@@ -36,11 +39,10 @@ class LaunchedAggregator:
         return batch * views * (self.config.special + patches) <= MOST_TOKENS
 
     def __call__(self, images: Tensor, on_part: Callable[[], None] | None = None) -> list[Tensor]:
-        launched, taps = self.by_graph.launch(images)
-        if not launched:
-            return self.plain(images, on_part)
-        for _ in range(1 + self.config.depth if on_part else 0):
-            assert on_part is not None
-            on_part()
-        found: list[Tensor] = taps
-        return found
+        if not self._few(images):
+            self.by_graph.release()  # many need the memory
+        taps: list[Tensor] = self.by_graph(images, plain=partial(self.plain, on_part=on_part))
+        if self.launched and on_part is not None:
+            for _ in range(1 + self.config.depth):
+                on_part()
+        return taps

@@ -186,7 +186,8 @@ class VideoModel(ABC):
     def attend(self, plan: AttentionPlan) -> None:
         """Each network gets a state of its own: what is kept of its layers is not another's."""
         self.suits(self.network, plan)
-        self._forget_recordings()
+        for its in self.by_graph:
+            its.forget()
         states = {prefix.removesuffix("."): AttentionState(plan) for prefix in networks(self.network)}
         self.attention = SharedState(states) if len(states) > 1 else states[""]
         for network, state in zip(networks(self.network).values(), states.values(), strict=True):
@@ -208,9 +209,9 @@ class VideoModel(ABC):
     def _few(self, hidden_states: Tensor, **given: Any) -> bool:
         return len(hidden_states) * self.layout.tokens <= MOST_TOKENS
 
-    def _forget_recordings(self) -> None:
+    def _release_recordings(self) -> None:
         for its in self.by_graph:
-            its.forget()
+            its.release()
 
     @classmethod
     def suits(cls, network: nn.Module, plan: AttentionPlan) -> None:
@@ -414,7 +415,7 @@ class VideoModel(ABC):
                 self.attention.at(step + 1)
             else:
                 self.attention.finish()  # decoding has the memory
-                self._forget_recordings()
+                self._release_recordings()
                 clock.lap("denoise")
             return tensors
 
@@ -431,7 +432,7 @@ class VideoModel(ABC):
             ).frames[0]
         finally:
             self.attention.finish()  # of a film that was broken off, too
-            self._forget_recordings()
+            self._release_recordings()
         if not bool(torch.isfinite(video).all()):
             raise FloatingPointError("the model made values that are not finite")
         frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -547,7 +548,7 @@ class PipelineFamily(ABC, Generic[M]):
         """A network of a checkpoint or of an artifact, strictly, its floats as `dtype` but what it keeps wider.
 
         Where it is to be `narrow`, large linear layers stay in the 16 bits in which they lie, and widen as they run.
-        Tensors are read one by one and go straight to the device: beside them, the host holds one.
+        Tensors are read a few MiB at a time and go straight to the device.
         `digests` has the SHA-256 of each file, by its path in the folder: one that is another is refused by name.
         """
         network = self._empty(folder, component)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quant_runtime.kernels import linear_fp8, linear_packed, linear_w8a8  # noqa: F401 (of their ops is told here)
 from quant_runtime.kernels._cpu import cpu_has_bfloat16, cpu_int8_path
 from quant_runtime.kernels._fp8 import has_fp8
 from quant_runtime.kernels._versions import OPS, fallen
@@ -178,7 +179,8 @@ class AttentionState:
 
     def back_to(self, mark: tuple[int, dict[int, int]]) -> list[Made]:
         """Calls made since that mark were not made after all."""
-        count, self._branches = mark
+        count, branches = mark
+        self._branches = dict(branches)
         gone, self.made = self.made[count:], self.made[:count]
         return gone
 

@@ -4,21 +4,24 @@ launch them would wait for it.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from quant_runtime.attention import AttentionState, Made
 
 MOST_TOKENS = 1 << 15  # of a pass: more keep a GPU busy while the next is launched, and a recording's memory grows
 KEPT = 4  # recordings, which share their memory
-SEEN = 64  # kinds of passes that are remembered to have run
+SEEN = 64  # kinds of passes that are remembered: that they have run, or that they cannot be recorded
 
 V = TypeVar("V")
 
@@ -29,21 +32,40 @@ class Recorded:
     """A call of `function`, of tensors on one GPU among other things: recorded when this is made, and not run.
 
     Called with tensors of the same shapes and dtypes in their places it runs what was recorded, on the current stream;
-    answers are copies. What lies between is held as long as this is, but for what it shares with `beside`.
+    answers are copies. What lies between is held as long as this is, but for what it shares with `beside`; so is all
+    else that was read, such as masks and orders that a cache may drop. `compiled` says that `function` is torch's
+    compiler's, which looks after that itself.
 
     What `function` does on the CPU it does once, here: kernels have to be compiled before, masks and orders to lie on
     the GPU already, and nothing in it may wait for the GPU. RuntimeError where something does.
     """
 
-    def __init__(self, function: Callable[..., Any], given: Sequence[Any], beside: Recorded | None = None) -> None:
-        self._given = [one.clone() if isinstance(one, Tensor) else one for one in given]
-        self._graph = torch.cuda.CUDAGraph()
-        pool = None if beside is None else beside._graph.pool()
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        given: Sequence[Any],
+        beside: Recorded | None = None,
+        compiled: bool = False,
+    ) -> None:
         device = next(one.device for one in given if isinstance(one, Tensor))
-        # Other threads of a worker may ask the driver for things of their own meanwhile.
-        recording = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
-        with torch.cuda.device(device), recording:
-            self._answer = function(*self._given)
+        self._given = [one.clone() if isinstance(one, Tensor) else one for one in given]
+        self._reads = Reads()
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+            # The stream is set once more around it: a recording that fails does not give back its own.
+            self._graph = torch.cuda.CUDAGraph()
+            self._pool: Any = torch.cuda.graph_pool_handle() if beside is None else beside._pool
+            recording = torch.cuda.graph(
+                self._graph,
+                pool=self._pool,
+                stream=_stream(device),
+                capture_error_mode="thread_local",  # other threads of a worker may ask the driver for things of theirs
+            )
+            try:
+                with recording, nullcontext() if compiled else self._reads:
+                    self._answer = function(*self._given)
+            except BaseException:
+                _end_pool(device, self._pool)
+                raise
 
     def __call__(self, given: Sequence[Any]) -> Any:
         for mine, new in zip(self._given, given, strict=True):
@@ -53,13 +75,32 @@ class Recorded:
         return tree_map(lambda one: one.clone() if isinstance(one, Tensor) else one, self._answer)
 
 
+class Reads(TorchDispatchMode):
+    """Holds every tensor that ops within it read and that none of them made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held: dict[int, Tensor] = {}
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for one in _tensors((args, kwargs)):
+            if _place(one) not in self._made:
+                self.held[_place(one)] = one
+        answer = func(*args, **(kwargs or {}))
+        self._made |= {_place(one) for one in _tensors(answer)} - self.held.keys()
+        return answer
+
+
 class ByGraph:
     """Stands where `function` stood, whose arguments and answers are tensors on a GPU, and trees of them.
 
-    The first call of a kind runs as it did: it compiles kernels and makes what is cached. The second is recorded, and
-    it and those behind it are launched as one. Calls are of a kind where shapes, dtypes and all that is no tensor are
-    alike, and `states`, of the attentions inside, are at steps that run alike. `takes` says of a call's arguments
-    whether it is worth it. What cannot be recorded goes on as it did, and a warning says so.
+    The first call of a kind runs as it did: it compiles kernels and makes what is cached. So does the second, behind
+    which it is recorded; those that follow are launched as one. Calls are of a kind where shapes, dtypes and all that
+    is no tensor are alike, and `states`, of the attentions inside, are at steps that run alike. `takes` says of a
+    call's arguments whether it is worth it. A kind that cannot be recorded goes on as it did, and a warning says so.
+
+    Whoever changes what `function` does calls `forget`.
     """
 
     def __init__(
@@ -67,36 +108,42 @@ class ByGraph:
         function: Callable[..., Any],
         states: Callable[[], Sequence[AttentionState]],
         takes: Callable[..., bool],
+        compiled: bool = False,
     ) -> None:
-        self.function, self.states, self.takes = function, states, takes
+        self.function, self.states, self.takes, self.compiled = function, states, takes, compiled
         self.launched = False  # the last call, as one
-        self.refused: str | None = None  # why nothing can be recorded
         self.forget()
 
     def forget(self) -> None:
-        """What was recorded, and its memory."""
-        self._recorded: OrderedDict[Hashable, tuple[Recorded, list[list[Made]]]] = OrderedDict()
+        self.release()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self.refused: OrderedDict[Hashable, str] = OrderedDict()  # why, by kind
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        launched, answer = self.launch(*args, **kwargs)
-        return answer if launched else self.function(*args, **kwargs)
+    def release(self) -> None:
+        """What was recorded, and its memory. A kind that was seen is recorded behind its next call."""
+        self._recorded: OrderedDict[Hashable, tuple[Recorded, list[list[Made]]]] = OrderedDict()
 
-    def launch(self, *args: Any, **kwargs: Any) -> tuple[bool, Any]:
-        """Whether this call is launched as one, and then its answer. Else it is the caller's to make it."""
+    def __call__(self, *args: Any, plain: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        """`plain` runs where this call is not launched as one, and answers what `function` does."""
         given, tree = tree_flatten((args, kwargs))
-        kind = self._kind(given, tree) if self.refused is None and self.takes(*args, **kwargs) else None
-        self.launched = kind in self._seen and (kind in self._recorded or self._record(kind, given, tree))
-        if not self.launched:
-            if kind is not None:
-                _newest(self._seen, kind, None, SEEN)
-            return False, None
+        kind = self._kind(given, tree) if self.takes(*args, **kwargs) else None
+        self.launched = kind in self._recorded
+        if self.launched:
+            return self._launch(kind, given)
+        answer = (plain or self.function)(*args, **kwargs)
+        if kind in self._seen and kind not in self.refused:
+            self._record(kind, given, tree)
+        elif kind is not None:
+            _newest(self._seen, kind, None, SEEN)
+        return answer
+
+    def _launch(self, kind: Hashable, given: Sequence[Any]) -> Any:
         recorded, made = self._recorded[kind]
         self._recorded.move_to_end(kind)
         answer = recorded(given)
         for state, calls in zip(self.states(), made, strict=True):
             state.made_again(calls)
-        return True, answer
+        return answer
 
     def _kind(self, given: Sequence[Any], tree: TreeSpec) -> Hashable:
         """None for a call that is like no other."""
@@ -104,31 +151,76 @@ class ByGraph:
         tensors = [one for one in given if isinstance(one, Tensor)]
         if None in phases or len({one.device for one in tensors}) != 1:
             return None
-        same = [(one.shape, one.dtype) if isinstance(one, Tensor) else repr(one) for one in given]
-        return (repr(tree), *same, *phases)
+        same = [(one.shape, one.dtype, one.device) if isinstance(one, Tensor) else repr(one) for one in given]
+        return (repr(tree), *same, *phases, torch.is_inference_mode_enabled())
 
-    def _record(self, kind: Hashable, given: Sequence[Any], tree: TreeSpec) -> bool:
+    def _record(self, kind: Hashable, given: Sequence[Any], tree: TreeSpec) -> None:
+        """Behind a call of the same: what it caches is there. torch.OutOfMemoryError is the caller's to know of."""
         states = self.states()
         before = [state.mark() for state in states]
-        others = list(self._recorded.values())
+
+        def again() -> list[list[Made]]:
+            """As nothing was answered, no calls were made."""
+            return [state.back_to(mark) for state, mark in zip(states, before, strict=True)]
+
+        called, others = partial(_called, self.function, tree), list(self._recorded.values())
         try:
-            called = partial(_called, self.function, tree)
-            recorded = Recorded(called, given, others[-1][0] if others else None)
-            made = [state.back_to(mark) for state, mark in zip(states, before, strict=True)]
+            with without_waiting():  # so that what cannot be recorded is found out while nothing is
+                called(*given)
+            again()
+            recorded = Recorded(called, given, others[-1][0] if others else None, self.compiled)
+        except torch.OutOfMemoryError:
+            again()
+            raise
         except RuntimeError as error:
-            self.refused = f"{error}".strip().splitlines()[0]
-            log.warning("short kernels are launched one by one, and take longer: %s", self.refused)
-            for state, mark in zip(states, before, strict=True):
-                state.back_to(mark)
-            self.forget()
-            return False
-        _newest(self._recorded, kind, (recorded, made), KEPT)
-        return True
+            again()
+            why = f"{error}".strip().splitlines()[0]
+            _newest(self.refused, kind, why, SEEN)
+            log.warning("short kernels are launched one by one, and take longer: %s", why)
+        else:
+            _newest(self._recorded, kind, (recorded, again()), KEPT)
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Within it a torch op that waits for a GPU raises RuntimeError."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Recordings that share memory are made on one."""
+    return torch.cuda.Stream(device)
+
+
+def _end_pool(device: torch.device, pool: Any) -> None:
+    """What torch leaves undone where the driver refuses to end a recording: allocations would go to its memory on."""
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    with suppress(RuntimeError):  # it was done
+        if end is not None:
+            end(device.index, pool)
 
 
 def _called(function: Callable[..., Any], tree: TreeSpec, *given: Any) -> Any:
     args, kwargs = tree_unflatten(given, tree)
     return function(*args, **kwargs)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [one for one in tree_leaves(tree) if isinstance(one, Tensor)]
+
+
+def _place(tensor: Tensor) -> int:
+    place: int = tensor.untyped_storage()._cdata
+    return place
 
 
 def _newest(kept: OrderedDict[Hashable, V], kind: Hashable, value: V, most: int) -> None:

@@ -80,7 +80,7 @@ def rows(name: str, asked: Asked) -> Iterator[dict[str, Any]]:
         got, this = _opened_aside(out, way, asked.device), f"{case}, {how}"
         above, cores = {"at_most": got.most - got.before}, {"cpu_seconds": round(got.cpu_seconds, 1)}
         yield _least(this, "host memory before", got.before / GIB, "GiB")
-        yield _least(this, "host memory above that", (got.peak - got.before) / GIB, "GiB", whole, above)
+        yield _least(this, "host memory above that", (got.peak - got.before) / GIB, "GiB", None, above)
         yield _least(this, "peak memory", got.most / GIB, "GiB", whole, each)
         if asked.device != "cpu":
             yield _least(this, "device memory", got.device / GIB, "GiB", whole, {"reserved": got.reserved})

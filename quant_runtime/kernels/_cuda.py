@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -39,7 +40,8 @@ listeners: list[Told] = []  # each hears of every kernel that is made ready: its
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether kernels for sm_90a run there: that code runs on no other generation, older or newer."""
-    return driver is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    there = driver is not None and device.type == "cuda" and torch.cuda.is_available()
+    return there and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 class Kernel:
@@ -167,7 +169,7 @@ def _compiled(source: Path, defines: Defines) -> tuple[bytes, bool]:
     code, _ = assembled(source, defines)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_name(f"{kept.name}.{os.getpid()}")
+        aside = kept.with_name(f"{kept.name}.{os.getpid()}.{threading.get_ident()}")
         aside.write_bytes(code)
         aside.replace(kept)
     return code, False

@@ -18,6 +18,7 @@ attention_blocks_sm90, which is written by hand; all else by Triton.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -163,8 +164,46 @@ def in_parts(
     softmax_scale: float,
 ) -> Tensor:
     """Plain torch in float32, where the reference's scores would not fit: a few rows of blocks of a head at a time."""
-    (batch, heads, tokens, _), keys, out = q.shape, k.shape[2], _answer(q, v)
-    row_scale = torch.full((batch, heads, tokens), softmax_scale, device=q.device)
+    out = _answer(q, v)
+    for b, h, rows, scores in _parts(q, k, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale):
+        unseen = scores.isneginf()
+        shares = scores.softmax(dim=1).masked_fill_(unseen, 0.0)
+        out[b, h, rows] = (shares @ v[b, h].float()).to(v.dtype)
+    return out
+
+
+def lse_in_parts(
+    q: Tensor,
+    k: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    softmax_scale: float,
+) -> Tensor:
+    """float32 [B, H, N]."""
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    for b, h, rows, scores in _parts(q, k, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale):
+        lse[b, h, rows] = scores.logsumexp(dim=1)
+    return lse
+
+
+def _parts(
+    q: Tensor,
+    k: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    softmax_scale: float,
+) -> Iterator[tuple[int, int, slice, Tensor]]:
+    """Some rows of a head at a time: where they are, and their scores float32, -inf of keys that are not kept."""
+    (batch, heads, tokens, _), keys = q.shape, k.shape[2]
+    row_scale = torch.full((batch, heads, tokens), softmax_scale, dtype=torch.float32, device=q.device)
     if q_scale is not None:
         row_scale *= _per_token(q_scale, tokens, block_q)
     key_scale = None if k_scale is None else _per_token(k_scale, keys, block_k)
@@ -184,9 +223,7 @@ def in_parts(
                 )
                 seen = seen[0, 0].repeat_interleave(block_q, dim=0)[: len(scores)]
                 unseen = ~seen.repeat_interleave(block_k, dim=1)[:, :keys]
-                shares = scores.masked_fill_(unseen, -math.inf).softmax(dim=1).masked_fill_(unseen, 0.0)
-                out[b, h, mine] = (shares @ v[b, h].float()).to(v.dtype)
-    return out
+                yield b, h, mine, scores.masked_fill_(unseen, -math.inf)
 
 
 def on_cpu(

@@ -25,6 +25,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 def takes(q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int, softmax_scale: float) -> bool:
     """Not every scale: the largest score is looked for before it is scaled."""
     fits = q.dtype in DTYPES and q.dtype == k.dtype == v.dtype and q.shape[3] in SIZES
+    fits = fits and q.numel() > 0 and k.numel() > 0
     return fits and block_q == block_k == BLOCK and 0 < softmax_scale < math.inf
 
 
@@ -32,7 +33,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Tensor, softma
     (batch, heads, tokens, size), keys = q.shape, k.shape[2]
     rows = -(-tokens // BLOCK)
     tiles = batch * heads * rows
-    q, k, v = (t if _cuda.tiled(t) else t.contiguous() for t in (q, k, v))
+    q, k, v = (t if _cuda.tiled(t) else _cuda.aligned(t) for t in (q, k, v))
     kept = kept if kept.stride(3) == 1 else kept.contiguous()
     out = torch.empty(batch, tokens, heads, size, dtype=v.dtype, device=v.device)
     with torch.cuda.device(q.device):

@@ -330,6 +330,29 @@ def in_parts(
     return (out if residual is None else out + unpacked_residual(residual, residual_scale)).to(out_dtype)
 
 
+def lse_in_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kept: Tensor,
+    counts: Tensor,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    out_dtype: torch.dtype,
+    softmax_scale: float,
+    tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+    lse = attention_blocks.lse_in_parts(q, k[:, :, :keys], *rest)
+    out = in_parts(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, softmax_scale,
+                   None, None, tokens)  # fmt: skip
+    return out, by_tokens(lse[..., None], tokens)[..., 0]
+
+
 def refresh_in_parts(
     q: Tensor,
     k: Tensor,
@@ -621,7 +644,7 @@ def lse_launch(
     softmax_scale: float,
     tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _answer(q, out_dtype), torch.empty(q.shape[:3], device=q.device)
+    out, lse = _answer(q, out_dtype), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, softmax_scale)
     _launch(*operands, out, None, None, None, tokens, lse)
     return out, lse
@@ -672,7 +695,7 @@ def lse_launch_hopper(
     operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys)
     if not attention_fp8_sm90.takes(q, block_q, block_k):
         return lse_launch(*operands, block_q, block_k, out_dtype, softmax_scale, tokens)
-    lse = torch.empty(q.shape[:3], device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return attention_fp8_sm90.launch(*operands, out_dtype, softmax_scale, None, None, tokens, lse), lse
 
 
@@ -804,6 +827,8 @@ _lse_op = Op(
     "attention_fp8_lse",
     lse_reference,
     _fake_lse,
+    cpu={"in parts": lse_in_parts},
     cuda={HOPPER: lse_launch_hopper, "Triton": lse_launch},
     on={HOPPER: _cuda.is_hopper},
+    plain=lse_in_parts,
 )

@@ -154,6 +154,7 @@ def launch(
 def launch_hopper(
     x: Tensor, signs: Tensor, block: int, bits: int, factor: Tensor | None, dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
     if not hadamard_quantize_sm90.takes(x, block):
         return launch(x, signs, block, bits, factor, dtype)
     q, scale = _fake(x, signs, block, bits, factor, dtype)

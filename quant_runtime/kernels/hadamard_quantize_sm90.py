@@ -35,10 +35,12 @@ def launch(
     """Fills q and scale."""
     m, k = x.shape
     rows, tiles = shape_of(k)
-    kernel = _kernel(x.device, k, block, rows, tiles, KINDS[x.dtype], factor is not None, q.dtype != torch.int8)
     programs = min(_programs(tiles) * processors(x.device), -(-m // rows))
+    if not programs:
+        return
     factor = None if factor is None else _cuda.aligned(factor)
-    if programs:
+    with torch.cuda.device(x.device):
+        kernel = _kernel(x.device, k, block, rows, tiles, KINDS[x.dtype], factor is not None, q.dtype != torch.int8)
         kernel(programs, 32 * tiles, x, signs, factor, q, scale, m, top, tiny, 1 / math.sqrt(block))
 
 

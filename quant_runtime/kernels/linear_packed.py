@@ -142,6 +142,7 @@ def launch_few_rows(
     out: Tensor | None = None,
 ) -> Tensor:
     (m, k), n, narrowest = x.shape, packed.shape[0], bits & -bits
+    bias = None if bias is None else bias.contiguous()
     y = torch.empty(m, n, dtype=out_dtype, device=x.device) if out is None else out
     bm, bn, bk = (16, 32, 128) if m <= 16 else (64, 32, 128 if bits in (2, 4) else 64)  # of several planes more is held
     operands = (x.contiguous(), packed.contiguous().view(torch.int8), x_scale.contiguous(), w_scale.contiguous())

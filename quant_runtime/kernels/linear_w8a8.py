@@ -229,6 +229,7 @@ def launch(
     (m, k), n = x.shape, w.shape[0]
     y = torch.empty(m, n, dtype=out_dtype, device=x.device) if out is None else out
     x, w, x_scale, w_scale = (t.contiguous() for t in (x, w, x_scale, w_scale))
+    bias = None if bias is None else bias.contiguous()
     if m > FEW_ROWS and _described(x, w, y) and shared_kib(x.device) >= PERSISTENT_KIB:
         bm, bn, bk = (128, 256, 128) if y.element_size() == 2 else (128, 128, 128)  # two tiles of y fill the memory
         blocks = ((x, [bm, bk]), (w, [bn, bk]), (y, [bm, bn]))

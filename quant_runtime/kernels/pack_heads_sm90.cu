@@ -292,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) pack_heads_sm90(
         __threadfence();
       }
       __syncthreads();
-      if (tid == 0) atomicAdd(most_of + w.head, run);
+      if (tid == 0) __threadfence(), atomicAdd(most_of + w.head, run);
       run = 0;
       continue;
     }
@@ -466,7 +466,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) pack_heads_sm90(
         __threadfence();
       }
       __syncthreads();
-      if (tid == 0) largest[0] = atomicAdd(centered + w.head, 1);
+      if (tid == 0) __threadfence(), largest[0] = atomicAdd(centered + w.head, 1);
       __syncthreads();
       const bool last = largest[0] == centers - 1;  // of the head
       if (last && tid < D) {
@@ -477,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) pack_heads_sm90(
         __threadfence();
       }
       __syncthreads();
-      if (last && tid == 0) atomicAdd(all_centered, 1);
+      if (last && tid == 0) __threadfence(), atomicAdd(all_centered, 1);
       continue;
     }
 

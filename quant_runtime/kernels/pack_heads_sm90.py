@@ -27,7 +27,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
     batch, heads, count, size = q.shape
     few = (batch * heads) ** 2 * -(-count // SIZES[0]) < 1 << 32
-    return size in SIZES and q.dtype in KINDS and aligned and few
+    return size in SIZES and q.dtype in KINDS and aligned and few and q.numel() > 0
 
 
 def launch(
@@ -47,61 +47,64 @@ def launch(
     nothing: float,
     outputs: tuple[Tensor, ...],
 ) -> None:
-    """Fills outputs, which are pack_heads.Packed. weights: of q and k the norms, the others and the biases."""
+    """Fills outputs, which are pack_heads.Packed. weights: of q and k the norms, the others and the biases.
+
+    Programs wait for one another, and all run at once on a card that is theirs: one packing at a time on a card.
+    """
     batch, heads, count, size = q.shape
     all_heads, blocks, samples = batch * heads, outputs[3].shape[2], -(-count // stride)
     weights = tuple(None if w is None else w.float().contiguous() for w in weights)
+    sin = sin if sin is None or cos is None else sin.to(cos.dtype)
     cos, sin = (None if t is None else _cuda.aligned(t) for t in (cos, sin))
     tokens = tokens if tokens is None or tokens.stride(2) == 1 else tokens.contiguous()
     together = weights[0] is not None and len(weights[0]) > size
     kind = 0 if weights[0] is None else 3 if weights[4] is not None else 1 + together
-    kernel = _kernel(
-        q.device, size, block, KINDS[q.dtype], kind, weights[2] is not None,
-        0 if cos is None else ANGLES[cos.dtype], tokens is not None,
-    )  # fmt: skip
-    parts = torch.empty(all_heads * -(-samples // block) * size, device=q.device)
-    center = torch.empty(all_heads * size, device=q.device)
+    parts = torch.empty(all_heads * -(-samples // block) * size, dtype=torch.float32, device=q.device)
+    center = torch.empty(all_heads * size, dtype=torch.float32, device=q.device)
     known = torch.zeros(all_heads * (size + 2) + 1, dtype=torch.int32, device=q.device)  # largest values, then counters
-    threads = _programs(size, block)[0]
-    programs = min(kernel.at_once(threads) * processors(q.device), all_heads * blocks)  # they wait for one another
-    kernel(
-        programs,
-        threads,
-        q,
-        k,
-        v,
-        *weights,
-        *inverses,
-        cos,
-        sin,
-        tokens,
-        *outputs,
-        parts,
-        center,
-        known,
-        known[all_heads * size :],
-        all_heads,
-        heads,
-        count,
-        blocks,
-        first,
-        0 if cos is None else len(cos),
-        stride,
-        samples,
-        min(
-            blocks, programs
-        ),  # pieces between a head's largest values and its packing, so that these are known in time
-        eps,
-        tiny,
-        nothing,
-        [
-            *(-(-(1 << 32) // divisor) for divisor in (all_heads, heads)),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *((0, 0) if tokens is None else tokens.stride()[:2]),
-        ],
-    )
+    with torch.cuda.device(q.device):
+        kernel = _kernel(
+            q.device, size, block, KINDS[q.dtype], kind, weights[2] is not None,
+            0 if cos is None else ANGLES[cos.dtype], tokens is not None,
+        )  # fmt: skip
+        threads = _programs(size, block)[0]
+        programs = min(kernel.at_once(threads) * processors(q.device), all_heads * blocks)  # they wait for one another
+        kernel(
+            programs,
+            threads,
+            q,
+            k,
+            v,
+            *weights,
+            *inverses,
+            cos,
+            sin,
+            tokens,
+            *outputs,
+            parts,
+            center,
+            known,
+            known[all_heads * size :],
+            all_heads,
+            heads,
+            count,
+            blocks,
+            first,
+            0 if cos is None else len(cos),
+            stride,
+            samples,
+            min(blocks, programs),  # pieces between a head's largest values and its packing: these are known in time
+            eps,
+            tiny,
+            nothing,
+            [
+                *(-(-(1 << 32) // divisor) for divisor in (all_heads, heads)),
+                *q.stride()[:3],
+                *k.stride()[:3],
+                *v.stride()[:3],
+                *((0, 0) if tokens is None else tokens.stride()[:2]),
+            ],
+        )
 
 
 def _programs(size: int, block: int) -> tuple[int, int]:

@@ -184,7 +184,7 @@ def launch(packed: Tensor, inputs: int, bits: int, dtype: torch.dtype = torch.in
         return launch(packed, inputs, bits).to(dtype)
     n, narrowest = packed.shape[0], bits & -bits
     packed, w = packed.contiguous(), torch.empty(packed.shape[0], inputs, dtype=dtype, device=packed.device)
-    at_once = 4 if dtype == torch.int8 and inputs % 4 == 0 and packed.storage_offset() % 4 == 0 else 1
+    at_once = 4 if dtype == torch.int8 and inputs % 4 == 0 and packed.data_ptr() % 4 == 0 else 1
     kind = torch.int32 if at_once == 4 else torch.int8
     unit = packed.shape[1] * narrowest // bits // at_once
     columns = max(32, min(128, unit & -unit)) * 4 // at_once

@@ -33,6 +33,17 @@ def test_it_is_the_logarithm_of_what_the_weights_sum_to_and_the_answer_is_what_i
             assert (lse - want_lse)[seen].abs().max() < SUMS
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_parts_it_is_the_same(shape, monkeypatch):
+    monkeypatch.setattr("quant_runtime.kernels.attention_blocks.PART_ELEMENTS", 1)  # a row of blocks at a time
+    args = refresh_arguments(shape, "cpu")
+    out, lse = attention_fp8.lse_in_parts(*args)
+    want, want_lse = attention_fp8.lse_reference(*args)
+    assert relative_error(out, want) < FP32_ROUNDING
+    assert torch.equal(lse.isneginf(), want_lse.isneginf())
+    assert torch.allclose(lse, want_lse, atol=1e-4, rtol=FP32_ROUNDING)
+
+
 @pytest.mark.skipif(attention_fp8.triton is None, reason="Triton is not installed")
 def test_it_lies_where_its_token_is(device):
     for launch, shapes in versions(device):

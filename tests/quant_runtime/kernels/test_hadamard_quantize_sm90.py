@@ -19,6 +19,9 @@ SHAPES = [  # rows, columns, block: several rows of a program and one, a tile th
     (3, 256, 32),
     (3, 4096, 2048),
     (2, 2048, 64),
+    (3000, 3072, 1024),  # several turns of a program
+    (1500, 5120, 1024),
+    (700, 12288, 4096),
 ]
 
 

@@ -50,11 +50,25 @@ def test_it_agrees_with_the_reference(shape, kind, order, dtype, device):
 def test_it_answers_what_triton_does_and_the_same_every_time(angles, device):
     """Sums of more samples than one piece has are added up in one order, whoever comes first."""
     args = list(arguments(SHAPES[3], device, torch.bfloat16))
-    args[9:11] = (t.to(angles) for t in args[9:11])
+    args[9], args[10] = args[9].to(angles), args[10].to(torch.float16)  # each of its own kind, perhaps
     got, again, want = (op.Packed(*run(*args)) for run in (op.launch_hopper, op.launch_hopper, op.launch))
     for name in op.Packed._fields:
         assert torch.equal(getattr(got, name).float(), getattr(again, name).float()), name
     assert relative_error(got.k.float() * got.k_scale.mean(), want.k.float() * want.k_scale.mean()) < INT8
+
+
+def test_heads_of_more_blocks_than_there_are_programs_are_packed_as_triton_packs_them(device):
+    """As those of large films: runs of several pieces, and a head's values behind its largest ones."""
+    args = arguments((1, 2, 40_000, 128, 128, 39_000, 0), device, torch.bfloat16)
+    got, want = (op.Packed(*run(*args)) for run in (op.launch_hopper, op.launch))
+    for name in ("v", "v_scale"):
+        assert torch.equal(getattr(got, name).float(), getattr(want, name).float()), name
+    for name in ("q", "k"):
+        apart = (getattr(got, name).int() - getattr(want, name).int()).abs()
+        assert apart.max() <= 1, name
+        assert apart.float().mean() < FLIPS, name
+    for name in ("q_scale", "k_scale", "q_means", "k_means"):
+        assert relative_error(getattr(got, name), getattr(want, name)) < FP32_ROUNDING, name
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
