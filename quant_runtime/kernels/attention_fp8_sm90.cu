@@ -12,13 +12,7 @@
 // The largest score is not followed exactly: weights are relative to the largest at the time it was last looked up, and
 // may be 2**SLACK times as large as one. Up to that nothing is scaled again, and no thread asks another.
 
-typedef unsigned long long u64;
-typedef unsigned int u32;
-typedef long long i64;
-
-struct alignas(64) TensorMap {
-  char bytes[128];
-};
+#include "sm90.cuh"
 
 constexpr int D = 128, BLOCK = 128, GROUPS = 2;
 constexpr int Q_BYTES = BLOCK * D, K_BYTES = BLOCK * D, V_BYTES = BLOCK * D + 8 * BLOCK;  // V and its rows of ones
@@ -28,47 +22,13 @@ constexpr int FAR = -(1 << 30);    // the score of a key that is not there
 constexpr float P_BITS = 7.0f, SLACK = 1.75f;  // weights to 2**8.75, and e4m3 ends at 448 = 2**8.8
 static_assert(STAGES > 2 && (STAGES & STAGES - 1) == 0, "a block is held while the next but one is waited for");
 
-__device__ __forceinline__ u32 address_of(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u64 *bar, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(bar)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void expect(u64 *bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(bar)), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u64 *bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(bar)) : "memory");
-}
-
-__device__ __forceinline__ void wait(u64 *bar, int phase) {
-  asm volatile(
-      "{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done:}"
-      ::"r"(address_of(bar)), "r"(phase) : "memory");
-}
-
-__device__ __forceinline__ void copy_tile(u32 to, const TensorMap *map, int x, int y, u64 *bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-      ::"r"(to), "l"(map), "r"(address_of(bar)), "r"(x), "r"(y) : "memory");
-}
-
 // Rows of 128 bytes, swizzled in groups of eight, as copy_tile leaves them.
 __device__ __forceinline__ u64 described(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
-__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int LEFT> __device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-}
-
-// Nothing that computes or reads these registers moves across.
-template <int N, typename T> __device__ __forceinline__ void hold(T (&r)[N]) {
+// As hold: floats as words, which these products have been tuned with.
+template <int N, typename T> __device__ __forceinline__ void hold_words(T (&r)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+r"(reinterpret_cast<u32 &>(r[i]))::"memory");
 }
@@ -77,14 +37,6 @@ __device__ __forceinline__ float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-__device__ __forceinline__ u32 four_e4m3(float a, float b, float c, float d) {
-  u32 r;
-  asm("{.reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1; cvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;"
-      "mov.b32 %0, {lo, hi};}"
-      : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
-  return r;
 }
 
 __device__ __forceinline__ u32 two_halves(float a, float b) {
@@ -274,7 +226,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
       int left;
       auto ask = [&]() {  // its scores
         const u64 k_part = described(k_at + (visited & STAGES - 1) * K_BYTES);
-        hold(s);
+        hold_words(s);
         fence();
 #pragma unroll
         for (int k = 0; k < D / 32; k++) scores(s, q_part + 2 * k, k_part + 2 * k, k > 0);
@@ -283,7 +235,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
         left = sh.keys[visited & STAGES - 1];
       };
       auto measure = [&]() {
-        hold(s);
+        hold_words(s);
         if (left < BLOCK) {
 #pragma unroll
           for (int i = 0; i < 64; i++)
@@ -341,8 +293,8 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
       };
       auto gather = [&]() {  // t = weights of the last block times its values
         const u64 v_part = described(v_at + (visited - 1 & STAGES - 1) * V_BYTES);
-        hold(p);
-        hold(t);
+        hold_words(p);
+        hold_words(t);
         fence();
 #pragma unroll
         for (int k = 0; k < BLOCK / 32; k++) weighted(t, p + 4 * k, v_part + 2 * k, k > 0);
@@ -350,7 +302,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
       };
       auto gathered = [&]() {
         wait_products<0>();
-        hold(t);
+        hold_words(t);
         __syncwarp();
         if (lane == 0) arrive(&sh.empty[visited - 1 & STAGES - 1]);
       };
@@ -378,7 +330,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
           measure();
 #pragma unroll
           for (int j = 0; j < EARLY; j++) weigh(j);
-          hold(s);
+          hold_words(s);
           visited++;
           rest--;
           if (rest) ready();
@@ -421,7 +373,8 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
         const i64 at = (((i64)batch * N + token) * H + h) * D;
 #if LSE
         if (inside && quad == 0)  // weights are 2**less of exp2(score)
-          lse[(i64)head * N + token] = count > 0 ? (log2f(sum) - less[r]) * 0.69314718f : -__int_as_float(0x7F800000);
+          lse[(i64)head * N + token] =
+              count > 0 ? (log2f(sum) - less[r]) * 0.69314718f : -__int_as_float(0x7F800000);
 #endif
 #if RESIDUAL == 1
         const float lost = inside ? residual_scale[(i64)head * N + token] : 0.0f;
