@@ -122,8 +122,8 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
     const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
     const __grid_constant__ TensorMap map_v, const float *q_scale, const float *k_scale, const float *v_scale,
     const int *kept, const int *counts, const int *tokens, const void *residual, const float *residual_scale, void *out,
-    float *lse, int *next, int H, int N, int M, int P, int rows, int tiles, float softmax_scale, i64 list_b, i64 list_h, i64 list_r,
-    i64 count_b, i64 count_h, i64 count_r, i64 token_b, i64 token_h) {
+    float *lse, int *next, int H, int N, int M, int P, int rows, int tiles, float softmax_scale, i64 list_b, i64 list_h,
+    i64 list_r, i64 count_b, i64 count_h, i64 count_r, i64 token_b, i64 token_h) {
   extern __shared__ char raw[];
   const u32 base = (address_of(raw) + 1023) & ~1023;
   const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
