@@ -204,7 +204,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def _end_pool(device: torch.device, pool: Any) -> None:
     """What torch leaves undone where the driver refuses to end a recording: allocations would go to its memory on."""
     end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-    with suppress(RuntimeError):  # it was done
+    with suppress(RuntimeError, TypeError):  # it was done; and what failed is to be told, not this
         if end is not None:
             end(device.index, pool)
 

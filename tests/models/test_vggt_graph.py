@@ -8,7 +8,10 @@ import torch
 from models import vggt_graph
 from models.vggt_blocks import pack_blocks
 from quant_runtime import graphs
-from quant_runtime.attention import AttentionPlan
+from quant_runtime.attention import PACKED_BLOCK, AttentionPlan, _orders
+from quant_runtime.graphs import Reads
+from quant_runtime.sparsity.always import always_kept
+from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.sparsity.topk import TopK
 from tests.models.test_vggt_blocks import PACKED, model
 from tests.quant_runtime.test_graphs import Again
@@ -76,3 +79,24 @@ def test_all_parts_are_told_of_when_all_are_done(made, device):
     for _ in range(3):
         taps(made, made.net.aggregator, scene(3, device), lambda: told.append(len(made.attention.made)))
     assert told == [*range(depth + 1), *range(depth + 1), *[depth] * (depth + 1)]
+
+
+def test_what_a_pass_reads_besides_its_weights_is_held(made, device):
+    """The order in which tokens are gathered, which masks are always kept: both come from caches that drop them."""
+    made.attend(SPARSE)
+    images = scene(3, device)
+    want = taps(made, made.by_graph.plain, images)
+    with torch.inference_mode(), Reads() as reads:
+        got = torch.stack(made.by_graph.plain(images))
+    assert torch.equal(got, want)
+    own = {id_of(t) for t in (*made.net.parameters(), *made.net.buffers(), images)}
+    layout = TokenLayout(3, 3, 4, 5)
+    cached = [_orders(SPARSE.policy, layout, PACKED_BLOCK, images.device)]
+    cached += [mask for mask in always_kept(layout, PACKED_BLOCK, False, images.device) if mask is not None]
+    assert {id_of(tensor) for tensor in cached} <= reads.held.keys()
+    assert not {id_of(tensor) for tensor in got} & reads.held.keys()
+    assert own & reads.held.keys()
+
+
+def id_of(tensor):
+    return tensor.untyped_storage()._cdata
