@@ -36,6 +36,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,29 @@ GROUP = 32  # keys that are reordered among themselves
 P_BITS = 8  # P, at most 1, is written as P * 2**8: its small values keep their bits, and 256 is below the top
 LOG2E = math.log2(math.e)
 HOPPER = "CUDA for sm_90a, Triton for heads other than 128"  # blocks other than 128 go by Triton too: no plan has them
+
+
+class Operands(NamedTuple):
+    """What every version is given first, in this order: as above, and the answer's dtype and the scale of scores."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+    kept: Tensor
+    counts: Tensor
+    keys: int
+    block_q: int
+    block_k: int
+    out_dtype: torch.dtype
+    softmax_scale: float
+
+    def rest(self) -> tuple[Any, ...]:
+        """What attention_blocks takes behind q, k and v."""
+        sizes = (self.block_q, self.block_k)
+        return (self.kept, self.counts, *sizes, self.q_scale, self.k_scale, self.softmax_scale)
 
 
 def attention_fp8(
@@ -265,8 +289,8 @@ def refresh_reference(
     softmax_scale: float,
     tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _both(attention_blocks.reference, q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k,
-                 out_dtype, softmax_scale, tokens)  # fmt: skip
+    its = Operands(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, softmax_scale)
+    return _both(attention_blocks.reference, its, tokens)
 
 
 def lse_reference(
@@ -306,143 +330,57 @@ def unpacked_residual(residual: Tensor, scale: Tensor | None) -> Tensor:
     return residual.float() if scale is None else residual * scale[..., None]
 
 
-def in_parts(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    out_dtype: torch.dtype,
-    softmax_scale: float,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    tokens: Tensor | None = None,
-) -> Tensor:
-    values = unpacked_values(v, v_scale, keys)
-    rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
-    out = by_tokens(attention_blocks.in_parts(q, k[:, :, :keys], values, *rest), tokens)
-    return (out if residual is None else out + unpacked_residual(residual, residual_scale)).to(out_dtype)
+def _told(
+    given: tuple[Any, ...], residual: bool = True
+) -> tuple[Operands, Tensor | None, Tensor | None, Tensor | None]:
+    """(operands, residual, residual_scale, tokens) of what an op was given; `residual` says whether it takes one."""
+    count = len(Operands._fields)
+    more = given[count:] if residual else (None, None, *given[count:])
+    added, scale, tokens = (*more, None)[:3]
+    return Operands(*given[:count]), added, scale, tokens
 
 
-def lse_in_parts(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    out_dtype: torch.dtype,
-    softmax_scale: float,
-    tokens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
-    lse = attention_blocks.lse_in_parts(q, k[:, :, :keys], *rest)
-    out = in_parts(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, softmax_scale,
-                   None, None, tokens)  # fmt: skip
-    return out, by_tokens(lse[..., None], tokens)[..., 0]
+def in_parts(*given: Any) -> Tensor:
+    its, residual, residual_scale, tokens = _told(given)
+    values = unpacked_values(its.v, its.v_scale, its.keys)
+    out = by_tokens(attention_blocks.in_parts(its.q, its.k[:, :, : its.keys], values, *its.rest()), tokens)
+    return (out if residual is None else out + unpacked_residual(residual, residual_scale)).to(its.out_dtype)
 
 
-def refresh_in_parts(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    out_dtype: torch.dtype,
-    softmax_scale: float,
-    tokens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _both(attention_blocks.in_parts, q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k,
-                 out_dtype, softmax_scale, tokens)  # fmt: skip
+def lse_in_parts(*given: Any) -> tuple[Tensor, Tensor]:
+    its, _, _, tokens = _told(given, residual=False)
+    lse = attention_blocks.lse_in_parts(its.q, its.k[:, :, : its.keys], *its.rest())
+    return in_parts(*its, None, None, tokens), by_tokens(lse[..., None], tokens)[..., 0]
 
 
-def on_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    out_dtype: torch.dtype,
-    softmax_scale: float,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    tokens: Tensor | None = None,
-) -> Tensor:
-    values = unpacked_values(v, v_scale, keys).to(out_dtype if residual is None else torch.float32)
-    rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
-    out = by_tokens(attention_blocks.on_cpu(q, k[:, :, :keys], values, *rest), tokens)
-    return out if residual is None else out.add_(unpacked_residual(residual, residual_scale)).to(out_dtype)
+def refresh_in_parts(*given: Any) -> tuple[Tensor, Tensor]:
+    its, _, _, tokens = _told(given, residual=False)
+    return _both(attention_blocks.in_parts, its, tokens)
 
 
-def refresh_on_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    out_dtype: torch.dtype,
-    softmax_scale: float,
-    tokens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _both(attention_blocks.on_cpu, q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k,
-                 out_dtype, softmax_scale, tokens)  # fmt: skip
+def on_cpu(*given: Any) -> Tensor:
+    its, residual, residual_scale, tokens = _told(given)
+    values = unpacked_values(its.v, its.v_scale, its.keys).to(its.out_dtype if residual is None else torch.float32)
+    out = by_tokens(attention_blocks.on_cpu(its.q, its.k[:, :, : its.keys], values, *its.rest()), tokens)
+    return out if residual is None else out.add_(unpacked_residual(residual, residual_scale)).to(its.out_dtype)
 
 
-def _both(
-    attention: Callable[..., Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    out_dtype: torch.dtype,
-    softmax_scale: float,
-    tokens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def refresh_on_cpu(*given: Any) -> tuple[Tensor, Tensor]:
+    its, _, _, tokens = _told(given, residual=False)
+    return _both(attention_blocks.on_cpu, its, tokens)
+
+
+def _both(attention: Callable[..., Tensor], its: Operands, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Dense, and what it is more than the first `counts` of each list, by a version of attention_blocks."""
-    operands = (q, k[:, :, :keys], unpacked_values(v, v_scale, keys))
-    rest = (block_q, block_k, q_scale, k_scale, softmax_scale)
+    kept, counts = its.kept, its.counts
+    operands = (its.q, its.k[:, :, : its.keys], unpacked_values(its.v, its.v_scale, its.keys))
     every = torch.arange(kept.shape[3], dtype=torch.int32, device=kept.device).expand(kept.shape)
-    dense = attention(*operands, every, torch.full_like(counts, kept.shape[3]), *rest)
-    lost = dense - attention(*operands, kept, counts, *rest)
-    whole = (counts == kept.shape[3]).repeat_interleave(block_q, dim=2)[:, :, : q.shape[2], None]
+    all_of_them = its._replace(kept=every, counts=torch.full_like(counts, kept.shape[3]))
+    dense = attention(*operands, *all_of_them.rest())
+    lost = dense - attention(*operands, *its.rest())
+    whole = (counts == kept.shape[3]).repeat_interleave(its.block_q, dim=2)[:, :, : its.q.shape[2], None]
     lost.masked_fill_(whole, 0.0)
-    return by_tokens(dense.to(out_dtype), tokens), by_tokens(lost.to(out_dtype), tokens)
+    return by_tokens(dense.to(its.out_dtype), tokens), by_tokens(lost.to(its.out_dtype), tokens)
 
 
 @jit
@@ -604,143 +542,54 @@ def _visit(
     return higher, total, found
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    out_dtype: torch.dtype,
-    softmax_scale: float,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    tokens: Tensor | None = None,
-) -> Tensor:
-    out = _answer(q, out_dtype)
-    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, softmax_scale)
-    _launch(*operands, out, None, residual, residual_scale, tokens)
+def launch(*given: Any) -> Tensor:
+    its, residual, residual_scale, tokens = _told(given)
+    out = _answer(its.q, its.out_dtype)
+    _launch(its, out, tokens, residual=residual, residual_scale=residual_scale)
     return out
 
 
-def lse_launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    out_dtype: torch.dtype,
-    softmax_scale: float,
-    tokens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _answer(q, out_dtype), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, softmax_scale)
-    _launch(*operands, out, None, None, None, tokens, lse)
+def lse_launch(*given: Any) -> tuple[Tensor, Tensor]:
+    its, _, _, tokens = _told(given, residual=False)
+    out, lse = _answer(its.q, its.out_dtype), _sums(its.q)
+    _launch(its, out, tokens, lse=lse)
     return out, lse
 
 
-def launch_hopper(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    out_dtype: torch.dtype,
-    softmax_scale: float,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    tokens: Tensor | None = None,
-) -> Tensor:
+def launch_hopper(*given: Any) -> Tensor:
     """On a Hopper: by hand where that takes the shapes, else by Triton."""
-    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys)
-    rest = (out_dtype, softmax_scale, residual, residual_scale, tokens)
-    if attention_fp8_sm90.takes(q, block_q, block_k):
-        return attention_fp8_sm90.launch(*operands, *rest)
-    return launch(*operands, block_q, block_k, *rest)
+    its, residual, residual_scale, tokens = _told(given)
+    if not attention_fp8_sm90.takes(its.q, its.block_q, its.block_k):
+        return launch(*given)
+    return attention_fp8_sm90.launch(*its[:9], its.out_dtype, its.softmax_scale, residual, residual_scale, tokens)
 
 
-def lse_launch_hopper(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    out_dtype: torch.dtype,
-    softmax_scale: float,
-    tokens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys)
-    if not attention_fp8_sm90.takes(q, block_q, block_k):
-        return lse_launch(*operands, block_q, block_k, out_dtype, softmax_scale, tokens)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    return attention_fp8_sm90.launch(*operands, out_dtype, softmax_scale, None, None, tokens, lse), lse
+def lse_launch_hopper(*given: Any) -> tuple[Tensor, Tensor]:
+    its, _, _, tokens = _told(given, residual=False)
+    if not attention_fp8_sm90.takes(its.q, its.block_q, its.block_k):
+        return lse_launch(*given)
+    lse = _sums(its.q)
+    return attention_fp8_sm90.launch(*its[:9], its.out_dtype, its.softmax_scale, None, None, tokens, lse), lse
 
 
-def refresh_launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    out_dtype: torch.dtype,
-    softmax_scale: float,
-    tokens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    dense, lost = _answer(q, out_dtype), _answer(q, out_dtype)
-    operands = (q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, softmax_scale)
-    _launch(*operands, dense, lost, None, None, tokens)
+def refresh_launch(*given: Any) -> tuple[Tensor, Tensor]:
+    its, _, _, tokens = _told(given, residual=False)
+    dense, lost = _answer(its.q, its.out_dtype), _answer(its.q, its.out_dtype)
+    _launch(its, dense, tokens, lost=lost)
     return dense, lost
 
 
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_scale: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    keys: int,
-    block_q: int,
-    block_k: int,
-    softmax_scale: float,
+    its: Operands,
     out: Tensor,
-    lost: Tensor | None,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
     tokens: Tensor | None,
+    *,
+    lost: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> None:
+    q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, _, softmax_scale = its
     batch, heads, count, size = q.shape
     padded, tile = k.shape[2], 64
     q, k, v, q_scale, k_scale, v_scale = (t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale))
@@ -785,6 +634,10 @@ def _launch(
         num_warps=4,
         num_stages=2,
     )
+
+
+def _sums(q: Tensor) -> Tensor:
+    return torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 def _answer(q: Tensor, dtype: torch.dtype) -> Tensor:
