@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quant_runtime.kernels import linear_fp8, linear_packed, linear_w8a8  # noqa: F401 (of their ops is told here)
 from quant_runtime.kernels._cpu import cpu_has_bfloat16, cpu_int8_path
 from quant_runtime.kernels._fp8 import has_fp8
 from quant_runtime.kernels._versions import OPS, fallen
@@ -24,6 +23,9 @@ from quant_runtime.kernels.attention_fp8 import (
     unpacked_residual,
     unpacked_values,
 )
+from quant_runtime.kernels.linear_fp8 import linear_fp8
+from quant_runtime.kernels.linear_packed import linear_packed
+from quant_runtime.kernels.linear_w8a8 import linear_w8a8
 from quant_runtime.kernels.pack_heads import Packed, in_places, pack_heads
 from quant_runtime.kernels.quantize_heads import key_center, quantize_heads
 from quant_runtime.residual import Key, Place, Residual, ResidualCache, ResidualUse, used
@@ -458,11 +460,11 @@ def describe_paths(device: torch.device | str) -> dict[str, str]:
     its own name, with the reason.
     """
     device = torch.device(device)
-    linear, fp8 = _run_by(device, "linear_w8a8", "linear_packed"), _run_by(device, "linear_fp8")
+    linear, fp8 = _run_by(device, linear_w8a8, linear_packed), _run_by(device, linear_fp8)
     if device.type != "cpu":
         present = has_fp8(device)
         values = "16-bit or FP8 PV" if present else "16-bit PV: this GPU has no FP8"
-        sparse = _run_by(device, "attention_blocks", *(["attention_fp8"] if present else []))
+        sparse = _run_by(device, attention_blocks, *([attention_fp8] if present else []))
         lacks = "" if present else ": this GPU has no FP8"
         said = {
             "linear": f"int8, {linear}; FP8 as {fp8}{lacks}",
@@ -471,7 +473,7 @@ def describe_paths(device: torch.device | str) -> dict[str, str]:
     else:
         why = "" if cpu_int8_path() == "onednn" else ": this CPU has no fast, exact int8 matmul"
         values = "bfloat16 PV" if cpu_has_bfloat16() else "float32 PV: this CPU does not multiply bfloat16 itself"
-        sparse = _run_by(device, "attention_blocks", "attention_fp8")
+        sparse = _run_by(device, attention_blocks, attention_fp8)
         said = {
             "linear": f"int8, {linear}{why}; FP8 as {fp8} products",
             "attention": f"QK int8, {sparse}{why}; {values}; 16-bit dense, torch",
@@ -480,5 +482,6 @@ def describe_paths(device: torch.device | str) -> dict[str, str]:
     return said | {name: f"{fall.version}, not {OPS[name].versions(device)[0]}: {fall.why}" for name, fall in falls}
 
 
-def _run_by(device: torch.device, *ops: str) -> str:
-    return " and ".join(dict.fromkeys(str(OPS[name].running(device)) for name in ops))
+def _run_by(device: torch.device, *ops: Callable[..., Tensor]) -> str:
+    """An op has the name of the function that calls it."""
+    return " and ".join(dict.fromkeys(str(OPS[op.__name__].running(device)) for op in ops))

@@ -79,7 +79,7 @@ class Reads(TorchDispatchMode):
     """Holds every tensor that ops within it read and that none of them made."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own has no types
         self.held: dict[int, Tensor] = {}
         self._made: set[int] = set()
 

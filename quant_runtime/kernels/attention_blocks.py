@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,18 @@ LARGEST_D = 256
 LOG2E = math.log2(math.e)
 HOPPER = "CUDA for sm_90a, Triton for int8 and for blocks other than 128"  # and for heads that few have
 SCORES_AT_ONCE = 1 << 20  # on a CPU: fewer leave it too little to do at a time, more leave the cache between passes
+
+
+class Lists(NamedTuple):
+    """What every version is given behind q, k and v, in this order."""
+
+    kept: Tensor
+    counts: Tensor
+    block_q: int
+    block_k: int
+    q_scale: Tensor | None
+    k_scale: Tensor | None
+    softmax_scale: float
 
 
 def attention_blocks(
@@ -93,45 +106,25 @@ def reference(
     k_scale: Tensor | None,
     softmax_scale: float,
 ) -> Tensor:
-    scores = _kept_scores(q, k, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+    scores = _kept_scores(q, k, Lists(kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale))
     unseen = scores.isneginf()
     return _answer(q, v).copy_(scores.softmax(dim=-1).masked_fill(unseen, 0.0) @ v.double())
 
 
-def lse_reference(
-    q: Tensor,
-    k: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    block_q: int,
-    block_k: int,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    softmax_scale: float,
-) -> Tensor:
+def lse_reference(q: Tensor, k: Tensor, its: Lists) -> Tensor:
     """float64 [B, H, N]: the logarithm of the sum of exp(scores) over the kept keys; -inf of none."""
-    return _kept_scores(q, k, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale).logsumexp(dim=-1)
+    return _kept_scores(q, k, its).logsumexp(dim=-1)
 
 
-def _kept_scores(
-    q: Tensor,
-    k: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    block_q: int,
-    block_k: int,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    softmax_scale: float,
-) -> Tensor:
+def _kept_scores(q: Tensor, k: Tensor, its: Lists) -> Tensor:
     """float64 [B, H, N, M], -inf of keys that are not kept."""
-    scores = q.double() @ k.double().mT * softmax_scale
-    if q_scale is not None and k_scale is not None:
-        scores = scores * _per_token(q_scale, q.shape[2], block_q)[..., :, None]
-        scores = scores * _per_token(k_scale, k.shape[2], block_k)[..., None, :]
-    seen = key_mask(kept, counts, -(-k.shape[2] // block_k))
-    seen = seen.repeat_interleave(block_q, dim=2)[:, :, : q.shape[2]]
-    seen = seen.repeat_interleave(block_k, dim=3)[..., : k.shape[2]]
+    scores = q.double() @ k.double().mT * its.softmax_scale
+    if its.q_scale is not None and its.k_scale is not None:
+        scores = scores * _per_token(its.q_scale, q.shape[2], its.block_q)[..., :, None]
+        scores = scores * _per_token(its.k_scale, k.shape[2], its.block_k)[..., None, :]
+    seen = key_mask(its.kept, its.counts, -(-k.shape[2] // its.block_k))
+    seen = seen.repeat_interleave(its.block_q, dim=2)[:, :, : q.shape[2]]
+    seen = seen.repeat_interleave(its.block_k, dim=3)[..., : k.shape[2]]
     return scores.masked_fill(~seen, -math.inf)
 
 
@@ -151,58 +144,28 @@ def _answer(q: Tensor, v: Tensor) -> Tensor:
     return torch.empty(batch, tokens, heads, size, dtype=v.dtype, device=v.device).transpose(1, 2)
 
 
-def in_parts(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    block_q: int,
-    block_k: int,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    softmax_scale: float,
-) -> Tensor:
+def in_parts(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> Tensor:
     """Plain torch in float32, where the reference's scores would not fit: a few rows of blocks of a head at a time."""
     out = _answer(q, v)
-    for b, h, rows, scores in _parts(q, k, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale):
+    for b, h, rows, scores in _parts(q, k, Lists(*given)):
         unseen = scores.isneginf()
         shares = scores.softmax(dim=1).masked_fill_(unseen, 0.0)
         out[b, h, rows] = (shares @ v[b, h].float()).to(v.dtype)
     return out
 
 
-def lse_in_parts(
-    q: Tensor,
-    k: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    block_q: int,
-    block_k: int,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    softmax_scale: float,
-) -> Tensor:
+def lse_in_parts(q: Tensor, k: Tensor, its: Lists) -> Tensor:
     """float32 [B, H, N]."""
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    for b, h, rows, scores in _parts(q, k, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale):
+    for b, h, rows, scores in _parts(q, k, its):
         lse[b, h, rows] = scores.logsumexp(dim=1)
     return lse
 
 
-def _parts(
-    q: Tensor,
-    k: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    block_q: int,
-    block_k: int,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    softmax_scale: float,
-) -> Iterator[tuple[int, int, slice, Tensor]]:
+def _parts(q: Tensor, k: Tensor, its: Lists) -> Iterator[tuple[int, int, slice, Tensor]]:
     """Some rows of a head at a time: where they are, and their scores float32, -inf of keys that are not kept."""
     (batch, heads, tokens, _), keys = q.shape, k.shape[2]
+    kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale = its
     row_scale = torch.full((batch, heads, tokens), softmax_scale, dtype=torch.float32, device=q.device)
     if q_scale is not None:
         row_scale *= _per_token(q_scale, tokens, block_q)
@@ -455,22 +418,12 @@ def launch(
     return out
 
 
-def launch_hopper(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kept: Tensor,
-    counts: Tensor,
-    block_q: int,
-    block_k: int,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    softmax_scale: float,
-) -> Tensor:
+def launch_hopper(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> Tensor:
     """On a Hopper: by hand where that takes the operands, else by Triton."""
-    if attention_blocks_sm90.takes(q, k, v, block_q, block_k, softmax_scale):
-        return attention_blocks_sm90.launch(q, k, v, kept, counts, softmax_scale)
-    return launch(q, k, v, kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+    its = Lists(*given)
+    if attention_blocks_sm90.takes(q, k, v, its.block_q, its.block_k, its.softmax_scale):
+        return attention_blocks_sm90.launch(q, k, v, its.kept, its.counts, its.softmax_scale)
+    return launch(q, k, v, *its)
 
 
 def _sharing(scale: Tensor | None, tokens: int, block: int) -> int:

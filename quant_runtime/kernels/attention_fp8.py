@@ -45,6 +45,7 @@ from quant_runtime.kernels import _cuda, attention_blocks, attention_fp8_sm90
 from quant_runtime.kernels._cpu import product_name
 from quant_runtime.kernels._triton import TensorDescriptor, jit, tl, triton
 from quant_runtime.kernels._versions import Op
+from quant_runtime.kernels.attention_blocks import Lists
 
 BLOCKS_Q = (64, 128)
 BLOCKS_K = (32, 64, 128)
@@ -72,10 +73,10 @@ class Operands(NamedTuple):
     out_dtype: torch.dtype
     softmax_scale: float
 
-    def rest(self) -> tuple[Any, ...]:
+    def lists(self) -> Lists:
         """What attention_blocks takes behind q, k and v."""
         sizes = (self.block_q, self.block_k)
-        return (self.kept, self.counts, *sizes, self.q_scale, self.k_scale, self.softmax_scale)
+        return Lists(self.kept, self.counts, *sizes, self.q_scale, self.k_scale, self.softmax_scale)
 
 
 def attention_fp8(
@@ -268,8 +269,8 @@ def reference(
 ) -> Tensor:
     """P is not rounded here: its rounding is the kernel's error."""
     values = unpacked_values(v, v_scale, keys)
-    rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
-    out = by_tokens(attention_blocks.reference(q, k[:, :, :keys], values, *rest), tokens)
+    lists = Lists(kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+    out = by_tokens(attention_blocks.reference(q, k[:, :, :keys], values, *lists), tokens)
     return (out if residual is None else out + unpacked_residual(residual, residual_scale)).to(out_dtype)
 
 
@@ -309,8 +310,8 @@ def lse_reference(
     softmax_scale: float,
     tokens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    rest = (kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
-    lse = attention_blocks.lse_reference(q, k[:, :, :keys], *rest).float()
+    lists = Lists(kept, counts, block_q, block_k, q_scale, k_scale, softmax_scale)
+    lse = attention_blocks.lse_reference(q, k[:, :, :keys], lists).float()
     out = reference(q, k, v, q_scale, k_scale, v_scale, kept, counts, keys, block_q, block_k, out_dtype, softmax_scale,
                     None, None, tokens)  # fmt: skip
     return out, by_tokens(lse[..., None], tokens)[..., 0]
@@ -343,13 +344,13 @@ def _told(
 def in_parts(*given: Any) -> Tensor:
     its, residual, residual_scale, tokens = _told(given)
     values = unpacked_values(its.v, its.v_scale, its.keys)
-    out = by_tokens(attention_blocks.in_parts(its.q, its.k[:, :, : its.keys], values, *its.rest()), tokens)
+    out = by_tokens(attention_blocks.in_parts(its.q, its.k[:, :, : its.keys], values, *its.lists()), tokens)
     return (out if residual is None else out + unpacked_residual(residual, residual_scale)).to(its.out_dtype)
 
 
 def lse_in_parts(*given: Any) -> tuple[Tensor, Tensor]:
     its, _, _, tokens = _told(given, residual=False)
-    lse = attention_blocks.lse_in_parts(its.q, its.k[:, :, : its.keys], *its.rest())
+    lse = attention_blocks.lse_in_parts(its.q, its.k[:, :, : its.keys], its.lists())
     return in_parts(*its, None, None, tokens), by_tokens(lse[..., None], tokens)[..., 0]
 
 
@@ -361,7 +362,7 @@ def refresh_in_parts(*given: Any) -> tuple[Tensor, Tensor]:
 def on_cpu(*given: Any) -> Tensor:
     its, residual, residual_scale, tokens = _told(given)
     values = unpacked_values(its.v, its.v_scale, its.keys).to(its.out_dtype if residual is None else torch.float32)
-    out = by_tokens(attention_blocks.on_cpu(its.q, its.k[:, :, : its.keys], values, *its.rest()), tokens)
+    out = by_tokens(attention_blocks.on_cpu(its.q, its.k[:, :, : its.keys], values, *its.lists()), tokens)
     return out if residual is None else out.add_(unpacked_residual(residual, residual_scale)).to(its.out_dtype)
 
 
@@ -376,8 +377,8 @@ def _both(attention: Callable[..., Tensor], its: Operands, tokens: Tensor | None
     operands = (its.q, its.k[:, :, : its.keys], unpacked_values(its.v, its.v_scale, its.keys))
     every = torch.arange(kept.shape[3], dtype=torch.int32, device=kept.device).expand(kept.shape)
     all_of_them = its._replace(kept=every, counts=torch.full_like(counts, kept.shape[3]))
-    dense = attention(*operands, *all_of_them.rest())
-    lost = dense - attention(*operands, *its.rest())
+    dense = attention(*operands, *all_of_them.lists())
+    lost = dense - attention(*operands, *its.lists())
     whole = (counts == kept.shape[3]).repeat_interleave(its.block_q, dim=2)[:, :, : its.q.shape[2], None]
     lost.masked_fill_(whole, 0.0)
     return by_tokens(dense.to(its.out_dtype), tokens), by_tokens(lost.to(its.out_dtype), tokens)

@@ -401,18 +401,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
 #endif
           }
 #if OUT != 0
-#pragma unroll
-          for (int bit = 1; bit < 4; bit *= 2)
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-              if (!(j & bit)) {
-                const bool upper = quad & bit;
-                const u32 got = __shfl_xor_sync(0xFFFFFFFF, upper ? w[j] : w[j | bit], bit);
-                if (upper)
-                  w[j] = got;
-                else
-                  w[j | bit] = got;
-              }
+          exchange(w, quad);
           if (inside) *(uint4 *)((unsigned short *)out + at + 32 * m + 8 * quad) = make_uint4(w[0], w[1], w[2], w[3]);
 #endif
         }

@@ -78,3 +78,19 @@ __device__ __forceinline__ u32 four_e4m3(float a, float b, float c, float d) {
       "mov.b32 %0, {l, h};}" : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
   return r;
 }
+
+// Of four threads, each with a word for each of them: all that are for the `quad`th, by who had them.
+__device__ __forceinline__ void exchange(u32 (&w)[4], int quad) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (!(j & bit)) {
+        const bool upper = quad & bit;
+        const u32 got = __shfl_xor_sync(0xFFFFFFFF, upper ? w[j] : w[j | bit], bit);
+        if (upper)
+          w[j] = got;
+        else
+          w[j | bit] = got;
+      }
+}
