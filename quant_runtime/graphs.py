@@ -50,6 +50,8 @@ class Recorded:
         device = next(one.device for one in given if isinstance(one, Tensor))
         self._given = [one.clone() if isinstance(one, Tensor) else one for one in given]
         self._reads = Reads()
+        generator = torch.cuda.default_generators[device.index]
+        drawn = generator.clone_state()
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             # The stream is set once more around it: a recording that fails does not give back its own.
             self._graph = torch.cuda.CUDAGraph()
@@ -65,6 +67,7 @@ class Recorded:
                     self._answer = function(*self._given)
             except BaseException:
                 _end_pool(device, self._pool)
+                generator.graphsafe_set_state(drawn)  # its own would wait for the end of this recording, which failed
                 raise
 
     def __call__(self, given: Sequence[Any]) -> Any:

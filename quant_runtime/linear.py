@@ -153,7 +153,7 @@ class QuantLinear(nn.Module):
         factor = self.factor()
         if factor is not None:
             real = real * factor
-        step = real.abs().amax(dim=1, keepdim=True).clamp(min=rounding.TINY) / its.activation_top
+        step = rounding.step(real.abs().amax(dim=1, keepdim=True), its.activation_top)
         rounded = rounding.nearest(real * step.reciprocal(), its.activation_dtype).float() * step
         y = F.linear(rounded.double(), self.dequantized().double(), None if self.bias is None else self.bias.double())
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

@@ -262,7 +262,7 @@ def test_values_that_drift_are_followed_better_the_higher_the_order(device):
         errors[name] = relative_error(out, scaled_dot_product_attention(q, k, now))
     assert errors["none"] > 0.5
     assert 0.05 < errors["first"] < 0.2
-    assert errors["second"] < 1e-4
+    assert errors["second"] < (1e-3 if device == "cuda" else 1e-4)  # a GPU makes products of float32 in 11 bits
 
 
 @pytest.mark.parametrize("policy", [TopK(0.3, block=16), Bands(0.4, block=16), Tiles(0.4, block=16)])

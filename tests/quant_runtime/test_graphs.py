@@ -208,14 +208,18 @@ def test_what_waits_for_the_gpu_is_not_recorded_and_leaves_nothing_behind(caplog
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="recording needs a GPU")
-def test_a_recording_that_fails_gives_back_the_stream_and_the_memory():
+def test_a_recording_that_fails_gives_back_the_stream_the_memory_and_the_random_numbers():
     def fails(x):
         y = x + 1
         torch.cuda.current_stream().synchronize()
         return y
 
+    torch.manual_seed(0)
+    drawn = torch.rand(4, device="cuda")
+    torch.manual_seed(0)
     with pytest.raises(RuntimeError):
         Recorded(fails, [torch.zeros(4, device="cuda")])
+    assert torch.equal(torch.rand(4, device="cuda"), drawn)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.cuda.empty_cache()
     assert torch.zeros(1 << 20, device="cuda").sum() == 0

@@ -9,6 +9,7 @@ from quant_runtime import formats
 from quant_runtime.formats import QuantFormat
 from quant_runtime.linear import LinearSpec, QuantLinear, fuse
 from quant_runtime.methods import METHODS
+from tests.quant_runtime.kernels.test_linear_fp8 import FAST_SUMS
 from tests.quant_runtime.layers import observed, quantized, tokens
 from tests.support import relative_error
 
@@ -31,7 +32,8 @@ def test_the_low_bit_path_is_fake_quantization(fmt, method, dtype, device):
     y, want = layer(x), layer.fake_quant_forward(x)
     assert y.dtype == dtype
     assert y.shape == (2, 37, 70)
-    assert relative_error(y, want) < ROUNDING[dtype]
+    fast = fmt.activation_kind == "fp8" and device == "cuda"
+    assert relative_error(y, want) < (FAST_SUMS if fast else ROUNDING[dtype])
 
 
 @pytest.mark.parametrize(("fmt", "limit"), [(formats.W8A8, EIGHT_BITS), (formats.FP8, FP8_BITS)], ids=str)

@@ -30,7 +30,7 @@ class Block(nn.Module):
 class Network(nn.Module):
     """Has what is ahead of its blocks and behind them, and goes on with a tensor that no block is given."""
 
-    dtype, device = torch.float32, torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,6 +39,10 @@ class Network(nn.Module):
         self.inside, self.time = nn.Linear(4, WIDTH), nn.Linear(1, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.last = nn.Linear(WIDTH, 4)
+
+    @property
+    def device(self) -> torch.device:
+        return self.turn.device
 
     def forward(self, x: torch.Tensor, words: torch.Tensor, step: float) -> tuple[torch.Tensor]:
         x, time = self.inside(x), self.time(torch.tensor([step], device=x.device).expand(len(x), 1))

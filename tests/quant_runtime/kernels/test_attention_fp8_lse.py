@@ -6,22 +6,23 @@ from quant_runtime.kernels.attention_fp8 import attention_fp8_lse, merged
 from quant_runtime.kernels.pack_heads import pack_heads
 from quant_runtime.selftest import JUDGES
 from tests.quant_runtime.kernels.inputs import FP16_ROUNDING, FP32_ROUNDING
-from tests.quant_runtime.kernels.test_attention_fp8 import SHAPES, limit, placed, refresh_arguments, shuffled
+from tests.quant_runtime.kernels.test_attention_fp8 import P_ROUNDED, SHAPES, limit, placed, refresh_arguments, shuffled
 from tests.support import relative_error
 
 SUMS = 0.02  # of a weight: scores become weights as floats that are 1.5 * 2**23 steps too large, which costs bits
+ROUNDED_SUMS = 2**-4  # by hand they are of weights in e4m3, and where one key has them all, as far off as it is
 HOPPER_SHAPES = [(1, 2, 1000, 128, 128), (2, 3, 517, 128, 128), (1, 1, 128, 128, 128)]
 
 
 def versions(device):
-    yield attention_fp8.lse_launch, SHAPES
+    yield attention_fp8.lse_launch, SHAPES, SUMS
     if _cuda.is_hopper(torch.device(device)):
-        yield attention_fp8.lse_launch_hopper, HOPPER_SHAPES
+        yield attention_fp8.lse_launch_hopper, HOPPER_SHAPES, ROUNDED_SUMS
 
 
 @pytest.mark.skipif(attention_fp8.triton is None, reason="Triton is not installed")
 def test_it_is_the_logarithm_of_what_the_weights_sum_to_and_the_answer_is_what_it_was(device):
-    for launch, shapes in versions(device):
+    for launch, shapes, sums in versions(device):
         for shape in shapes:
             args = refresh_arguments(shape, device)
             out, lse = launch(*args)
@@ -30,7 +31,7 @@ def test_it_is_the_logarithm_of_what_the_weights_sum_to_and_the_answer_is_what_i
             assert torch.equal(lse.isneginf(), want_lse.isneginf())
             seen = ~want_lse.isneginf()
             assert bool(seen.all()) == (shape[2] <= shape[4]), "row 1 of the lists is empty"
-            assert (lse - want_lse)[seen].abs().max() < SUMS
+            assert (lse - want_lse)[seen].abs().max() < sums
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -46,14 +47,14 @@ def test_in_parts_it_is_the_same(shape, monkeypatch):
 
 @pytest.mark.skipif(attention_fp8.triton is None, reason="Triton is not installed")
 def test_it_lies_where_its_token_is(device):
-    for launch, shapes in versions(device):
+    for launch, shapes, sums in versions(device):
         args, tokens = refresh_arguments(shapes[0], device), shuffled(shapes[0], device, False)
         want, want_lse = launch(*args)
         out, lse = launch(*args, tokens)
         assert relative_error(placed(out, tokens), want) < FP32_ROUNDING
         back = placed(lse[..., None], tokens)[..., 0]
         seen = ~want_lse.isneginf()
-        assert (back - want_lse)[seen].abs().max() < SUMS
+        assert (back - want_lse)[seen].abs().max() < sums
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -76,7 +77,8 @@ def test_answers_over_keys_in_several_places_become_the_answer_over_all(dtype, d
     parts = [over([0, 2, 5, 8]), over([1, 3]), over([4, 6, 7])]
     out, lse = merged(parts)
     assert out.dtype == dtype
-    assert relative_error(out, whole) < (FP16_ROUNDING if dtype == torch.float16 else limit(device))
+    exact = FP16_ROUNDING if dtype == torch.float16 else FP32_ROUNDING
+    assert relative_error(out, whole) < (P_ROUNDED if device == "cuda" else exact), "a GPU rounds weights, each part's"
     assert (lse - whole_lse).abs().max() < SUMS
     with_nothing, _ = merged([over(list(range(9))), over([0, 1], empty_row=2)])
     assert relative_error(with_nothing[:, :, 128:192], whole[:, :, 128:192]) < FP16_ROUNDING
