@@ -38,6 +38,8 @@ def cudnn(device: torch.device, *others: SDPBackend) -> AbstractContextManager[N
     """In which torch's attention is cuDNN's, on a GPU, and of `others` where that takes no such call."""
     if device.type != "cuda":
         return nullcontext()
+    one = torch.ones(1, 1, 8, 64, device=device, dtype=torch.bfloat16)
+    torch.nn.functional.scaled_dot_product_attention(one, one, one)  # at its first torch decides what it prefers
     context: AbstractContextManager[None] = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True)
     return context
 

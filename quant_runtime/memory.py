@@ -68,4 +68,5 @@ def _idle_pinned() -> int:
     if not torch.cuda.is_initialized():
         return 0
     stats = torch.cuda.host_memory_stats()
-    return int(stats["allocated_bytes.current"] - stats["active_bytes.current"])
+    idle = int(stats["allocated_bytes.current"] - stats["active_bytes.current"])
+    return max(idle, 0)  # of little, torch has counted more as active than as allocated

@@ -63,8 +63,11 @@ class Kernel:
         """Programs of so many threads that a processor runs at once: more would wait until some have ended."""
         return int(_checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._entry, threads, self._shared)))
 
-    def __call__(self, programs: int, threads: int, *args: object) -> None:
-        """Tensors and None go as addresses, ints as 32 bits, in a list as 64, floats as float32, maps as they are."""
+    def __call__(self, programs: int, threads: int, *args: object, together: bool = False) -> None:
+        """Tensors and None go as addresses, ints as 32 bits, in a list as 64, floats as float32, maps as they are.
+
+        `together`: programs wait for one another. None begins before there is room for all; more than that are refused.
+        """
         values: list[object] = []
         kinds: list[object] = []
         for arg in args:
@@ -82,7 +85,11 @@ class Kernel:
             )  # fmt: skip
         stream = torch.cuda.current_stream().cuda_stream
         given = (tuple(values), tuple(kinds))
-        _checked(driver.cuLaunchKernel(self._entry, programs, 1, 1, threads, 1, 1, self._shared, stream, given, 0))
+        size = (programs, 1, 1, threads, 1, 1, self._shared, stream)
+        if together:
+            _checked(driver.cuLaunchCooperativeKernel(self._entry, *size, given))
+        else:
+            _checked(driver.cuLaunchKernel(self._entry, *size, given, 0))
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -92,16 +99,18 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def tiles(x: Tensor, rows: int, columns: int) -> Any:
-    """How the copy engine takes tiles [rows, columns] of x [R, C], one or two bytes an element, as rows of 128 bytes.
+    """How the copy engine takes tiles [rows, columns] of x [R, C], one or two bytes an element.
 
-    In each eight rows, 16-byte pieces lie swizzled as the matrix units read them; beyond x there are zeros, and what is
-    stored there is dropped.
+    A tile's rows are 128 bytes, or 64. In each eight of them, 16-byte pieces lie swizzled as the matrix units read
+    them; beyond x there are zeros, and what is stored there is dropped.
     """
     size = x.element_size()
-    if x.dim() != 2 or size > 2 or x.stride(1) != 1 or x.stride(0) * size % 16 or columns * size != 128:
-        found = f"{x.dtype} {list(x.shape)} {x.stride()}"
-        raise ValueError(f"tiles takes [R, C] of 1 or 2 bytes, rows at multiples of 16, 128 bytes wide; got {found}")
+    width = columns * size
+    if x.dim() != 2 or size > 2 or x.stride(1) != 1 or x.stride(0) * size % 16 or width not in (64, 128):
+        found = f"{columns} columns of {x.dtype} {list(x.shape)} {x.stride()}"
+        raise ValueError(f"tiles takes [R, C] of 1 or 2 bytes, rows at multiples of 16, 64 or 128 wide; got {found}")
     d, u32, u64 = driver, driver.cuuint32_t, driver.cuuint64_t
+    swizzle = d.CUtensorMapSwizzle
     kind = d.CUtensorMapDataType
     return _checked(
         d.cuTensorMapEncodeTiled(
@@ -113,7 +122,7 @@ def tiles(x: Tensor, rows: int, columns: int) -> Any:
             [u32(columns), u32(rows)],
             [u32(1), u32(1)],
             d.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            d.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle.CU_TENSOR_MAP_SWIZZLE_128B if width == 128 else swizzle.CU_TENSOR_MAP_SWIZZLE_64B,
             d.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             d.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -47,10 +47,7 @@ def launch(
     nothing: float,
     outputs: tuple[Tensor, ...],
 ) -> None:
-    """Fills outputs, which are pack_heads.Packed. weights: of q and k the norms, the others and the biases.
-
-    Programs wait for one another, and all run at once on a card that is theirs: one packing at a time on a card.
-    """
+    """Fills outputs, which are pack_heads.Packed. weights: of q and k the norms, the others and the biases."""
     batch, heads, count, size = q.shape
     all_heads, blocks, samples = batch * heads, outputs[3].shape[2], -(-count // stride)
     weights = tuple(None if w is None else w.float().contiguous() for w in weights)
@@ -68,7 +65,7 @@ def launch(
             0 if cos is None else ANGLES[cos.dtype], tokens is not None,
         )  # fmt: skip
         threads = _programs(size, block)[0]
-        programs = min(kernel.at_once(threads) * processors(q.device), all_heads * blocks)  # they wait for one another
+        programs = min(kernel.at_once(threads) * processors(q.device), all_heads * blocks)
         kernel(
             programs,
             threads,
@@ -104,6 +101,7 @@ def launch(
                 *v.stride()[:3],
                 *((0, 0) if tokens is None else tokens.stride()[:2]),
             ],
+            together=True,
         )
 
 

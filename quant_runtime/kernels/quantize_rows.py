@@ -141,7 +141,18 @@ def launch(x: Tensor, bits: int, factor: Tensor | None, dtype: torch.dtype = tor
     q = torch.empty(m, k, dtype=dtype, device=x.device)
     scale = torch.empty(m, dtype=torch.float32, device=x.device)
     block, most = min(triton.next_power_of_2(k), 4096), top(bits, dtype)
-    _quantize_rows[(m,)](x.contiguous(), factor, q, scale, k, most, TINY=TINY, FACTOR=factor is not None, BK=block)
+    _quantize_rows[(m,)](
+        x.contiguous(),
+        factor,
+        q,
+        scale,
+        k,
+        most,
+        TINY=TINY,
+        FACTOR=factor is not None,
+        BK=block,
+        enable_fp_fusion=False,  # else a product and the sum that rounds it are one: a half may go astray
+    )
     return q, scale
 
 

@@ -377,7 +377,10 @@ def test_a_piece_that_breaks_outside_of_an_op_refuses_by_its_name(device):
 def test_a_missing_triton_is_called_so(broken, device, monkeypatch):
     broken("linear_w8a8", linear_w8a8.launch, "Triton")
     monkeypatch.setattr(_triton, "triton", None)
-    assert run(pieces(LINEAR, device), device).failures == {"linear_w8a8": "Triton is not installed"}
+    failures = run(pieces(LINEAR, device), device).failures
+    assert failures["linear_w8a8"] == "Triton is not installed"
+    assert {*failures.values()} == {"Triton is not installed"}, "a GPU rounds by it, too"
+    assert len(failures) == (1 if device == "cpu" else 2)
 
 
 @pytest.mark.skipif(_triton.triton is None, reason="Triton is not installed")

@@ -33,7 +33,7 @@ def test_versions_agree_with_the_reference(version, m, k, block, dtype, device):
     assert ((scale - want_scale).abs() <= same * want_scale).all()
     steps = fp8_steps(q, want_q, interpreted=version is op.launch and device == "cpu")
     sizes = want_q.float().abs()
-    assert steps[sizes > FP8_SMALL].max() <= 1
+    assert steps[sizes > FP8_SMALL].max() <= (2 if same > SAME_SCALE else 1), "short sums are off by their terms' size"
     assert (steps[sizes > FP8_SMALL] > 0).float().mean() < flips
 
 
