@@ -35,8 +35,9 @@ from models.run_record import Clock
 from models.scene_files import View
 from models.scene_metrics import abs_rel, auc, pose_errors, relative_poses
 from models.vggt_blocks import Planned, pack_blocks
-from models.vggt_graph import LaunchedAggregator
+from models.vggt_graph import LaunchedAggregator, launch_heads
 from models.vggt_images import Placement
+from models.vggt_maps import pass_maps, tried
 from models.vggt_net import VGGT, Attend, Block, Prediction, VGGTConfig, dense, narrow_dense
 from quant_runtime import artifact
 from quant_runtime.artifact import Manifest
@@ -88,6 +89,7 @@ class VggtModel:
         aggregator: Any = self.net.aggregator
         self.by_graph = LaunchedAggregator(aggregator, lambda: (self.attention, self.inside_frames))
         aggregator.forward = self.by_graph
+        launch_heads(self.net, self.by_graph)
 
     def attend(self, plan: AttentionPlan) -> None:
         suits(plan)
@@ -298,6 +300,7 @@ class Vggt:
         if torch.device(device).type != "cpu" or model.attention.plan.pv_bits == 8:
             pack_blocks(network)
         if torch.device(device).type == "cuda":
+            pass_maps(network)
             model.launch_as_one()
         return model
 
@@ -311,6 +314,9 @@ class Vggt:
             for piece in pieces(frames, device):
                 yield piece._replace(name=f"{piece.name}, inside of frames")
         yield from packed_pieces.pieces(needs, config.embed_dim, PACKING, torch.device(device))
+        if torch.device(device).type == "cuda":
+            width, maps = config.dpt_features, fast_float(device)
+            yield Piece(f"maps of {width} channels", partial(tried, width, maps, torch.device(device)))
         for layer in distinct(needs.layers) if torch.device(device).type == "cpu" else ():
             widened = partial(_widen, layer, torch.device(device), needs.dtype)
             yield Piece(f"weights of {layer.inputs} inputs in floats", widened)

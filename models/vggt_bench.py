@@ -26,6 +26,7 @@ from models import timing
 from models.vggt import VGGT_LIMITS, VIEWS_AT_ONCE, VggtModel, settle
 from models.vggt_blocks import pack_blocks
 from models.vggt_graph import LaunchedAggregator
+from models.vggt_maps import pass_maps
 from models.vggt_net import VGGT, VGGTConfig, fill_constants
 from quant_runtime import report
 from quant_runtime.attention import AttentionPlan
@@ -114,6 +115,7 @@ def rows(chosen: Any, config: VGGTConfig = VGGT_1B) -> Iterator[dict[str, Any]]:
     timing.quantize(made, model.layers(), chosen.method, chosen.bits)
     pack_blocks(made)
     if device.type == "cuda":
+        pass_maps(made)
         model.launch_as_one()
     torch.cuda.empty_cache()
     for density in (None, *chosen.densities):

@@ -73,6 +73,10 @@ class Block:
             self.weight, self.bias = (
                 (getattr(attn.q_norm, name)[order], getattr(attn.k_norm, name)[order]) for name in ("weight", "bias")
             )
+            # As the kernel takes them, which would widen them in a launch each.
+            self.pack = partial(
+                pack_heads, norm=pair_of_floats(self.weight), bias=pair_of_floats(self.bias), eps=attn.q_norm.eps
+            )
 
     def __call__(self, x: Tensor, rope: Pair | None = None, layout: TokenLayout | None = None) -> Tensor:
         if self.first:
@@ -102,8 +106,7 @@ class Block:
             call, turns = its.state.call(its.layer, layout), self.scene.turns(rope, frames, x)
             if its.state.plan.packed(call, size, x.device):
                 q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-                eps = attn.q_norm.eps
-                pack = partial(pack_heads, norm=self.weight, eps=eps, rope=turns, bias=self.bias)
+                pack = partial(self.pack, rope=turns)
                 return attend_packed(q, k, v, call, its.state, pack).transpose(1, 2).reshape(-1, x.shape[2])
         if self.turning:
             q, k = (
@@ -135,11 +138,18 @@ def pack_blocks(network: VGGT) -> None:
             before = None if read else now
     if made:
         made[0].first = made[-1].last = True
+    for module in network.modules():
+        if isinstance(module, QuantLinear):
+            module.hold_floats()
 
 
 def row(parameter: Tensor) -> Tensor:
     """[C] as norm_quantize takes it: float32 [1, C]."""
     return parameter.detach().float()[None]
+
+
+def pair_of_floats(pair: Pair) -> Pair:
+    return pair[0].detach().float(), pair[1].detach().float()
 
 
 def neighbours(size: int, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ Between parts `forward` calls `on_step`, from which a caller sees how far it is,
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -335,7 +336,11 @@ class CameraHead(nn.Module):
 
     def forward(self, tap: Tensor) -> Tensor:
         """The last tap [B, S, tokens, 2 * dim] to pose encodings [4, B, S, 9]."""
-        tokens = self.token_norm(tap[:, :, 0].to(self.token_norm.weight.dtype))
+        return self.rounds(tap[:, :, 0])
+
+    def rounds(self, tokens: Tensor) -> Tensor:
+        """The same of the camera tokens alone, [B, S, 2 * dim]."""
+        tokens = self.token_norm(tokens.to(self.token_norm.weight.dtype))
         plain = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
         estimate: Tensor | None = None
         rounds = []
@@ -434,12 +439,13 @@ class DPTHead(nn.Module):
         rows = batch * frames
         parts = []
         for start in range(0, rows, chunk or rows):
-            parts.append(self._dense([tap[start : start + (chunk or rows)] for tap in flat], size, patch))
+            parts.append(self.mapped([tap[start : start + (chunk or rows)] for tap in flat], size, patch))
             if on_part is not None:
                 on_part()
         return torch.cat(parts).unflatten(0, (batch, frames))
 
-    def _dense(self, taps: list[Tensor], size: tuple[int, int], patch: int) -> Tensor:
+    def mapped(self, taps: list[Tensor], size: tuple[int, int], patch: int) -> Tensor:
+        """Of some views, whose taps are [n, tokens, 2 * dim]: [n, out, H, W]."""
         grid = (size[0] // patch, size[1] // patch)
         maps = []
         for tap, project, to_scale in zip(taps, self.projects, self.resize_layers, strict=True):
@@ -464,20 +470,29 @@ def place_embedded(x: Tensor, image: tuple[int, int]) -> Tensor:
 
     The places span the image's shape scaled to unit diagonal, so the same place means the same at every resolution.
     """
-    channels, (height, width) = x.shape[1], x.shape[2:]
+    across, down = (half.to(x.dtype) for half in places(x.shape[2], x.shape[3], x.shape[1], image, x.device))
+    table = torch.cat((across.expand(len(down), -1, -1), down[:, None].expand(-1, len(across), -1)), dim=2)
+    return x + table.permute(2, 0, 1)  # channels last, as x lies where it is to be fast
+
+
+@functools.lru_cache(maxsize=64)  # five of a head and a size of image
+@torch.inference_mode(False)  # what is kept serves whoever trains, too
+def places(
+    height: int, width: int, channels: int, image: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What place_embedded adds, float32: [width, channels / 2] to the first half of the channels, and to the others
+    [height, channels / 2]."""
     aspect = image[1] / image[0]
     diagonal = math.sqrt(aspect * aspect + 1)
     count = channels // 4
-    rate = 100.0 ** (-torch.arange(count, device=x.device, dtype=torch.float64) / count)
+    rate = 100.0 ** (-torch.arange(count, device=device, dtype=torch.float64) / count)
     halves = []
     for side, extent in ((width, aspect / diagonal), (height, 1 / diagonal)):
         edge = extent * (side - 1) / side
-        places = torch.linspace(-edge, edge, side, device=x.device, dtype=torch.float64)
-        angles = places[:, None] * rate
-        halves.append((torch.cat((angles.sin(), angles.cos()), dim=1) * 0.1).to(x.dtype))
+        angles = torch.linspace(-edge, edge, side, device=device, dtype=torch.float64)[:, None] * rate
+        halves.append((torch.cat((angles.sin(), angles.cos()), dim=1) * 0.1).float())
     across, down = halves
-    table = torch.cat((across.expand(height, -1, -1), down[:, None].expand(-1, width, -1)), dim=2)
-    return x + table.permute(2, 0, 1)  # channels last, as x lies where it is to be fast
+    return across, down
 
 
 class VGGT(nn.Module):

@@ -52,6 +52,8 @@ class QuantLinear(nn.Module):
         input_factor   int16 [K], the bits of bfloat16, or None
         input_signs    int8 [K], 1 and -1, or None
         bias           a float parameter [N], or None
+
+        held_scale, held_factor  int32, the bits of float32, behind hold_floats; never written to a file
     """
 
     qweight: Tensor
@@ -59,6 +61,8 @@ class QuantLinear(nn.Module):
     input_factor: Tensor | None
     input_signs: Tensor | None
     bias: nn.Parameter | None
+    held_scale: Tensor | None
+    held_factor: Tensor | None
 
     def __init__(
         self,
@@ -81,6 +85,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("input_factor", factor)
         signs = torch.empty(in_features, dtype=torch.int8, device=device) if spec.rotation else None
         self.register_buffer("input_signs", signs)
+        for name in ("held_scale", "held_factor"):
+            self.register_buffer(name, None, persistent=False)
         held = (
             nn.Parameter(torch.empty(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
         )
@@ -176,6 +182,15 @@ class QuantLinear(nn.Module):
         state = self.state_dict().values()
         return sum(t.numel() * (2 if t.is_floating_point() else t.element_size()) for t in state)
 
+    def hold_floats(self) -> None:
+        """From now on scale and factor are held as kernels take them, 4 bytes each, besides as they are stored.
+
+        Of a layer that lies where it runs and stays as it is: else each product widens them, in a launch each.
+        """
+        scale, factor = self._scale(), self.factor()
+        self.held_scale = scale.view(torch.int32)
+        self.held_factor = None if factor is None else factor.view(torch.int32)
+
     def extra_repr(self) -> str:
         turned = f", rotation={self.spec.rotation}" if self.spec.rotation else ""
         scaled = ", scaled" if self.spec.scaled else ""
@@ -191,10 +206,14 @@ class QuantLinear(nn.Module):
         return unpack(self.qweight, self.in_features, its.weight_bits, its.activation_dtype)
 
     def _scale(self) -> Tensor:
+        if self.held_scale is not None:
+            return self.held_scale.view(torch.float32)
         return self.weight_scale.view(torch.bfloat16).float()
 
     def factor(self) -> Tensor | None:
         """What multiplies the input, float32 [K], or None."""
+        if self.held_factor is not None:
+            return self.held_factor.view(torch.float32)
         return None if self.input_factor is None else self.input_factor.view(torch.bfloat16).float()
 
 

@@ -7,14 +7,16 @@ import torch
 
 from models import vggt_graph
 from models.vggt_blocks import pack_blocks
+from models.vggt_maps import pass_maps
 from quant_runtime import graphs
 from quant_runtime.attention import PACKED_BLOCK, AttentionPlan, _orders
 from quant_runtime.graphs import Reads
 from quant_runtime.sparsity.always import always_kept
 from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.sparsity.topk import TopK
-from tests.models.test_vggt_blocks import PACKED, model
+from tests.models.test_vggt_blocks import FLOAT32, PACKED, model
 from tests.quant_runtime.test_graphs import Again
+from tests.support import relative_error
 
 SPARSE = AttentionPlan(TopK(0.5), dense_qk_bits=8, pv_bits=8)
 
@@ -24,6 +26,7 @@ def made(device, monkeypatch):
     made = model()
     made.net.to(device)
     pack_blocks(made.net)
+    pass_maps(made.net)
     made.launch_as_one()
     if device == "cpu":
         monkeypatch.setattr(graphs, "Recorded", partial(Again, made.by_graph.by_graph.states))
@@ -63,6 +66,35 @@ def test_many_views_run_block_by_block(made, device, monkeypatch):
         assert made.by_graph.launched == launched
     taps(made, made.net.aggregator, scene(3, device))
     assert not made.by_graph.launched, "many had the memory"
+
+
+def test_heads_behind_few_views_are_launched_as_one_from_their_third_call_on(made, device):
+    camera, dense = made.by_graph.heads
+    told = []
+    for number in range(3):
+        images = scene(4, device)
+        with torch.inference_mode():
+            made.attention.start(1)
+            made.inside_frames.start(1)
+            want = [camera.function(tap[:, :, 0]) for tap in made.by_graph.plain(images)[-1:]]
+            got = made.net(images, chunk=2, on_step=lambda *step: told.append((step, dense.launched)))
+        assert relative_error(got.pose_iterations, want[0]) < FLOAT32
+        assert camera.launched == (number > 1)
+        assert dense.launched == (number > 0), "a chunk is as another"
+    steps = made.net.config.depth + 4
+    assert [step for step, _ in told] == 3 * [(done, steps) for done in range(1, steps + 1)], "and told of one by one"
+
+
+def test_heads_behind_many_views_run_one_by_one(made, device, monkeypatch):
+    monkeypatch.setattr(vggt_graph, "MOST_TOKENS", 3 * 17)
+    for views, launched in ((3, True), (4, False)):
+        for _ in range(3):
+            with torch.inference_mode():
+                made.attention.start(1)
+                made.inside_frames.start(1)
+                made.net(scene(views, device), chunk=1)
+        assert [head.launched for head in made.by_graph.heads] == 2 * [launched]
+        assert [len(head._recorded) for head in made.by_graph.heads] == 2 * [int(launched)], "many need the memory"
 
 
 def test_another_plan_is_recorded_anew(made, device):

@@ -73,6 +73,16 @@ def test_casts_leave_the_scales_as_they_are(fmt, method, device):
     assert torch.equal(cast(x), layer(x))
 
 
+@pytest.mark.parametrize("method", ["rtn", "smoothquant", "quarot"])
+def test_floats_that_are_held_are_those_that_are_stored_and_are_not_written(method, device):
+    layer, x = quantized(method, formats.W4A8, 96, 70, device, bias=False), tokens(96, device)
+    want, written = layer(x), set(layer.state_dict())
+    layer.hold_floats()
+    assert torch.equal(layer(x), want)
+    assert torch.equal(copy.deepcopy(layer).to(torch.bfloat16)(x), want)
+    assert set(layer.state_dict()) == written
+
+
 @pytest.mark.parametrize("shape", [(96,), (5, 96), (1, 2, 3, 96), (0, 96)])
 def test_any_leading_dimensions_do(shape, device):
     layer = quantized("quarot", formats.W4A8, 96, 70, device)

@@ -28,6 +28,7 @@ from quant_runtime.kernels import (
     hadamard_quantize,
     linear_packed,
     linear_w8a8,
+    map_pass,
     norm_quantize,
     pack_heads,
     quantize_heads,
@@ -106,6 +107,12 @@ def launches() -> Iterator[Callable[[], object]]:
     yield lambda: gelu_quantize.launch(rows, rows[:, :128], 8, None, False)
     yield lambda: gelu_quantize.launch(rows, None, 8, None, True)
     yield lambda: gelu_quantize.launch(rows, rows[:, :128], 8, None, False, torch.float8_e4m3fn)
+    features = torch.zeros(2, 256, 3, 5, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    places = (torch.zeros(9, 128), torch.zeros(6, 128))
+    larger, channel = torch.zeros(2, 256, 6, 9, dtype=torch.bfloat16), rows[0]
+    yield lambda: map_pass.launch(features, 6, 9, channel, *places, larger, None, False)
+    yield lambda: map_pass.launch(features, 3, 5, channel, None, None, features, features, True)
+    yield lambda: map_pass.launch_answer(features, channel, torch.zeros(2, 256), torch.zeros(2))
     norm, angles, none = torch.ones(128, dtype=torch.bfloat16), torch.ones(150, 64), (None, None)
     yield lambda: pack_heads.launch(head, head, head, 128, norm, norm, norm, norm, 1e-6, angles, angles, 0, *none)
     together = torch.ones(2 * 128, dtype=torch.bfloat16)
@@ -171,6 +178,7 @@ def main() -> None:
         hadamard_quantize,
         linear_packed,
         linear_w8a8,
+        map_pass,
         norm_quantize,
         pack_heads,
         quantize_heads,
