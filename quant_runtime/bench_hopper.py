@@ -2,7 +2,8 @@
 
 119,056 tokens: 118,800 of video and 256 of text; 24 heads of 128, inner size 3072. `attention_vggt` and
 `attention_cogvideox` have heads of 64, as many and as long as those of VGGT with 100 views and of CogVideoX-5B;
-`attention_bfloat16` and `attention_bfloat16_vggt` are the same attentions in 16 bits throughout.
+`attention_bfloat16` and `attention_bfloat16_vggt` are the same attentions in 16 bits throughout. `fused_vggt` has the
+passes over memory of VGGT with 20 views of 336 x 518.
 
 Rows as in quant_runtime/report.py, written to docs/results/NAME-cuda.jsonl. Rates are of the operations, or bytes, that
 the op has to do, whatever it does; medians of CUDA events on random inputs. `error` is relative, against float64 on
@@ -52,6 +53,7 @@ DENSITIES = (0.1, 0.15, 0.25)
 MASSES = (0.5, 0.9)
 FRAMES = 33  # of the video's tokens
 SAMPLED = 256  # rows that an error is taken over
+VIEWS, OF_VIEW = 20, 5 + 24 * 37  # VGGT's, and their tokens
 HEAD_START = 40_000_000  # cycles of a GPU, some 20 ms
 
 Rows = Iterator[dict[str, Any]]
@@ -261,6 +263,41 @@ def fused(device: torch.device, rounds: int) -> Rows:
                          baseline=beside, spread=spread(times, moved / 1e6))  # fmt: skip
 
 
+def fused_vggt(device: torch.device, rounds: int) -> Rows:
+    """As `fused`, of VGGT's layers: what a view or a scene of few views has, in float32 norms and the exact GELU."""
+    tokens, width = VIEWS * OF_VIEW, VGGT.heads * VGGT.size
+    x, y = torch.randn(2, 1, tokens, width, device=device, dtype=torch.bfloat16).unbind(0)
+    shift, scale, gate = torch.randn(3, 1, width, device=device)
+    inner = torch.randn(tokens, 4 * width, device=device, dtype=torch.bfloat16)
+    qkv = torch.randn(1, tokens, 3 * width, device=device, dtype=torch.bfloat16)
+    frames = qkv.view(VIEWS, OF_VIEW, -1)
+    norm_q, norm_k, bias_q, bias_k = torch.randn(4, VGGT.size, device=device).unbind(0)
+    angles = torch.rand(OF_VIEW, VGGT.size // 2, device=device) * 6
+    one = (angles.cos().half(), angles.sin().half())
+    every = (one[0].repeat(VIEWS, 1), one[1].repeat(VIEWS, 1))
+    orders = torch.stack([torch.randperm(tokens, device=device, dtype=torch.int32) for _ in range(VGGT.heads)])[None]
+    values = tokens * width
+    speed = 16 * values / median(timed(lambda: inner.clone(), rounds)) / 1e6
+    yield report.row("copy", "rate", speed, "GB/s", "higher", samples=rounds)
+    pack = partial(pack_heads, block=BLOCK, norm=(norm_q, norm_k), bias=(bias_q, bias_k))
+    for name, moved, call in (
+        ("norm, quantize", 3 * values, lambda: norm_quantize(x, shift, scale)[0]),
+        ("norm, quantize to FP8", 3 * values, lambda: norm_quantize(x, shift, scale, dtype=E4M3)[0]),
+        ("residual, norm, quantize", 7 * values, lambda: norm_quantize(x, shift, scale, y, gate)[0]),
+        ("residual, norm, quantize to FP8", 7 * values,
+         lambda: norm_quantize(x, shift, scale, y, gate, dtype=E4M3)[0]),
+        ("exact GELU, quantize", 12 * values, lambda: gelu_quantize(inner, exact=True)[0]),
+        ("exact GELU, quantize to FP8", 12 * values, lambda: gelu_quantize(inner, exact=True, dtype=E4M3)[0]),
+        ("norm, rotation, pack, each view", 9 * values, lambda: pack(*heads_of(frames, VGGT), rope=one).q),
+        ("norm, rotation, pack, all views", 9 * values, lambda: pack(*heads_of(qkv, VGGT), rope=every).q),
+        ("norm, rotation, pack, all views, in orders", 9 * values,
+         lambda: pack(*heads_of(qkv, VGGT), rope=every, tokens=orders).q),
+    ):  # fmt: skip
+        times = timed(call, rounds)
+        yield report.row(name, "rate", moved / median(times) / 1e6, "GB/s", "higher", samples=rounds,
+                         baseline=("copy", speed), spread=spread(times, moved / 1e6))  # fmt: skip
+
+
 def blockmap(device: torch.device, rounds: int) -> Rows:
     """Scores, choice and lists, of means that packing has left."""
     blocks = -(-TOKENS // BLOCK)
@@ -364,6 +401,7 @@ BENCHES: dict[str, Callable[[torch.device, int], Rows]] = {
     "attention_bfloat16": attention_bfloat16,
     "attention_bfloat16_vggt": partial(attention_bfloat16, of=VGGT),
     "fused": fused,
+    "fused_vggt": fused_vggt,
     "blockmap": blockmap,
 }
 

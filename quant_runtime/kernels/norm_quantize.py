@@ -22,6 +22,7 @@ from quant_runtime.kernels._versions import Op
 from quant_runtime.kernels.quantize_rows import TINY, stored
 
 LARGEST_K = 16_384  # a row is held in registers
+COLUMNS = 256  # of a part of a row that a warp has: 16 bytes of 16-bit numbers a thread, in one load
 
 
 def norm_quantize(
@@ -120,6 +121,11 @@ def by_token(modulation: Tensor, x: Tensor, first: int) -> Tensor:
     return torch.cat([front.expand(-1, first, -1), behind.expand(-1, x.shape[1] - first, -1)], dim=1)
 
 
+def warps_of(columns: int) -> int:
+    """Of a row: a thread holds up to 56 numbers. More take registers that other rows' programs would have."""
+    return int(triton.next_power_of_2(triton.cdiv(columns, 56 * 32)))
+
+
 @jit
 def _norm_quantize(
     x,
@@ -133,7 +139,6 @@ def _norm_quantize(
     q,
     row_scale,
     N,
-    K,
     first,
     eps,
     top,
@@ -149,40 +154,96 @@ def _norm_quantize(
     GATED: tl.constexpr,
     FACTOR: tl.constexpr,
     QUANTIZE: tl.constexpr,
-    KP: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    row, b = tl.program_id(1) * N + tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n, k, row64 = tl.program_id(0).to(tl.int64), tl.arange(0, KP), row.to(tl.int64)
-    inside, part = k < K, (tl.program_id(0) >= first).to(tl.int64)
-    real = tl.load(x + b * x_b + n * x_n + k, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        more = tl.load(y + b * y_b + n * y_n + k, mask=inside, other=0.0).to(tl.float32)
-        real += tl.load(gate + b * gate_b + part * gate_p + k, mask=inside, other=0.0).to(tl.float32) * more
-        kept = real.to(added.dtype.element_ty)
-        tl.store(added + row64 * K + k, kept, mask=inside)
-        real = kept.to(tl.float32)
-    mean = tl.sum(real, axis=0) / K
-    apart = tl.where(inside, real - mean, 0.0)
-    real = apart * tl.math.rsqrt(tl.sum(apart * apart, axis=0) / K + eps)
-    real *= 1.0 + tl.load(scale + b * mod_b + part * mod_p + k, mask=inside, other=0.0).to(tl.float32)
-    real += tl.load(shift + b * mod_b + part * mod_p + k, mask=inside, other=0.0).to(tl.float32)
-    if QUANTIZE:
+    b = tl.program_id(1).to(tl.int64)
+    n = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)  # a list of one, as store_rounded takes it
+    part = (n >= first).to(tl.int64)[:, None]
+    row, n = b * N + n, n[:, None]
+    wide = row[:, None] * K
+    raw, more, reals, parts = no_parts(), no_parts(), no_parts(), no_parts()
+    for start in tl.static_range(0, K, BK):
+        raw += (load_part(x + b * x_b + n * x_n, start, 0, K, BK),)
+        if GATED:
+            more += (load_part(y + b * y_b + n * y_n, start, 0, K, BK),)
+    sums = tl.zeros((1, BK), tl.float32)
+    for start in tl.static_range(0, K, BK):
+        real = raw[start // BK].to(tl.float32)
+        if GATED:
+            by = load_part(gate + b * gate_b + part * gate_p, start, 0, K, BK).to(tl.float32)
+            kept = (real + by * more[start // BK].to(tl.float32)).to(added.dtype.element_ty)
+            store_part(added + wide, kept, start, K, BK)
+            real = kept.to(tl.float32)
+        reals += (real,)
+        sums += real
+    mean, squares = (tl.sum(sums, axis=1) / K)[:, None], tl.zeros((1, BK), tl.float32)
+    for start in tl.static_range(0, K, BK):
+        apart = reals[start // BK] - mean
+        if start + BK > K:
+            apart = tl.where(start + tl.arange(0, BK)[None, :] < K, apart, 0.0)
+        squares += apart * apart
+    by = tl.math.rsqrt(tl.sum(squares, axis=1) / K + eps)[:, None]
+    most = tl.zeros((1, BK), tl.float32)
+    for start in tl.static_range(0, K, BK):
+        real = (reals[start // BK] - mean) * by
+        real *= 1.0 + load_part(scale + b * mod_b + part * mod_p, start, 0, K, BK).to(tl.float32)
+        real += load_part(shift + b * mod_b + part * mod_p, start, 0, K, BK).to(tl.float32)
         if FACTOR:
-            real *= tl.load(factor + k, mask=inside, other=0.0)
-        store_rounded(real, k, inside, q + row64 * K, row_scale + row64, top, TINY)
-    else:
-        tl.store(h + row64 * K + k, real.to(h.dtype.element_ty), mask=inside)
+            real *= load_part(factor, start, 0, K, BK)
+        if start + BK > K:
+            real = tl.where(start + tl.arange(0, BK)[None, :] < K, real, 0.0)
+        if QUANTIZE:
+            parts += (real,)
+            most = larger(most, tl.abs(real))
+        else:
+            store_part(h + wide, real.to(h.dtype.element_ty), start, K, BK)
+    if QUANTIZE:
+        store_rounded(parts, most, q + wide, row_scale + row, top, TINY, K, BK)
 
 
 @jit
-def store_rounded(real, k, inside, q, row_scale, top, TINY: tl.constexpr):
-    """One row, held in registers: its scale and its numbers, as quantize_rows has them."""
-    most = tl.max(tl.abs(real), axis=0)
-    broken = tl.max((real != real).to(tl.float32), axis=0)  # a GPU's maximum passes over NaN
-    scale = tl.math.div_rn(tl.maximum(most, TINY), top)
-    scale = tl.where(broken > 0, float("nan"), scale)
+def no_parts():
+    """What the parts of a row are added to, one after the other."""
+    return ()
+
+
+@jit
+def load_part(x, start: tl.constexpr, J: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """Columns start .. start + BK of rows at x, zeros before J and from K on. What reaches over neither has no mask."""
+    k = start + tl.arange(0, BK)[None, :]
+    if start >= J and start + BK <= K:
+        return tl.load(x + k)
+    else:  # noqa: RET505  only the one that is meant is compiled
+        return tl.load(x + k, mask=(k >= J) & (k < K), other=0.0)
+
+
+@jit
+def store_part(to, values, start: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    k = start + tl.arange(0, BK)[None, :]
+    if start + BK <= K:
+        tl.store(to + k, values)
+    else:
+        tl.store(to + k, values, mask=k < K)
+
+
+@jit
+def larger(a, b):
+    """Of each two numbers the larger, or NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def store_rounded(parts, most, q, row_scale, top, TINY: tl.constexpr, K: tl.constexpr, BK: tl.constexpr):
+    """A row, in parts held in registers, and over these the `larger` of their sizes: its scale and its numbers, as
+    quantize_rows has them."""
+    broken = tl.max((most != most).to(tl.float32), axis=1)  # tl.max passes over NaN
+    largest = tl.maximum(tl.max(most, axis=1), TINY)
+    scale = tl.where(broken > 0, float("nan"), tl.math.div_rn(largest, top + tl.zeros_like(largest)))
     tl.store(row_scale, scale)
-    tl.store(q + k, stored(real * tl.math.div_rn(1.0, scale), q), mask=inside)
+    inverse = tl.math.div_rn(1.0 + tl.zeros_like(scale), scale)[:, None]
+    for start in tl.static_range(0, K, BK):
+        store_part(q, stored(parts[start // BK] * inverse, q), start, K, BK)
 
 
 def launch(
@@ -236,6 +297,7 @@ def _launch(
     y = y if y is None or y.stride(2) == 1 else y.contiguous()
     gate = gate if gate is None or gate.stride(-1) == 1 else gate.contiguous()
     mod_p, gate_p = (0 if t is None or t.dim() == 2 else t.stride(1) for t in (shift, gate))
+    warps = warps_of(k)
     _norm_quantize[(tokens, batch)](
         x,
         shift,
@@ -248,7 +310,6 @@ def _launch(
         q,
         row_scale,
         tokens,
-        k,
         first,
         eps,
         top,
@@ -264,8 +325,9 @@ def _launch(
         GATED=y is not None,
         FACTOR=factor is not None,
         QUANTIZE=q is not None,
-        KP=triton.next_power_of_2(k),
-        num_warps=2 if k <= 4096 else 4,
+        K=k,
+        BK=COLUMNS * warps,
+        num_warps=warps,
     )
     return added
 

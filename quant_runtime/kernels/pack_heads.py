@@ -18,9 +18,10 @@ q_means, k_means  float32 [B, H, P / block, D], for block_map.choose
 q_alike, k_alike  float32 [B, H, P / block]: how alike a block's tokens are, for blocks_by_mass; of centred keys
 
 P is N up to the next multiple of block; k and v are zero beyond N. Any centre leaves the attention as it is (softmax
-ignores what all scores of a row have in common): here it is the mean of some 1024 keys, evenly spread, which takes the
-keys' outlier channels away as the mean of all would (SageAttention, arXiv:2410.02367) and costs no pass over them. All
-in float32. A NaN or an infinity gets a scale, or a value, that is not finite, so that it shows in the answer.
+ignores what all scores of a row have in common): here it is the mean of some 1024 keys, evenly spread, in shorter heads
+of every eighth, or of as many as 128 where that is more. It takes the keys' outlier channels away as the mean of all
+would (SageAttention, arXiv:2410.02367) and costs no pass over them. All in float32. A NaN or an infinity gets a scale,
+or a value, that is not finite, so that it shows in the answer.
 
 On a Hopper, heads of 64 and 128 in 16 bits are packed by pack_heads_sm90, which is written by hand; all else by Triton.
 """
@@ -44,7 +45,8 @@ from quant_runtime.kernels.quantize_rows import TINY, step, whole
 HOPPER = "CUDA for sm_90a, Triton for float32 and other heads"
 BLOCKS = (64, 128)
 TOP = 127
-SAMPLES = 1024  # keys that the centre is the mean of
+SAMPLES = 1024  # keys that the centre is the mean of, at most
+FEW = 128  # the same of a short head: a piece of work, and the mean is known to a tenth of the keys' spread
 
 Pair = tuple[Tensor, Tensor]
 
@@ -205,7 +207,8 @@ def _means(x: Tensor, block: int) -> Tensor:
 
 
 def _stride(tokens: int) -> int:
-    return max(1, tokens // SAMPLES)
+    """From one key that the centre is of to the next."""
+    return max(1, tokens // SAMPLES, min(SAMPLES // FEW, -(-tokens // FEW)))
 
 
 @jit

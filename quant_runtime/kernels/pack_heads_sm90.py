@@ -106,8 +106,11 @@ def launch(
 
 
 def _programs(size: int, block: int) -> tuple[int, int]:
-    """(threads of a program, programs that a processor holds): a thread has some of four tokens of 128, else of two."""
-    return (256, 2) if size * block == 128 * 128 else (256, 3)
+    """(threads of a program, programs that a processor holds): a thread has some of four tokens of 128, else fewer.
+
+    Of two, a block of 128 takes half as many instructions more: addresses and conditions, which are once a thread.
+    """
+    return (2 * size, 256 // size) if block == 128 else (256, 3)
 
 
 @functools.cache

@@ -113,6 +113,10 @@ def launches() -> Iterator[Callable[[], object]]:
     yield lambda: map_pass.launch(features, 6, 9, channel, *places, larger, None, False)
     yield lambda: map_pass.launch(features, 3, 5, channel, None, None, features, features, True)
     yield lambda: map_pass.launch_answer(features, channel, torch.zeros(2, 256), torch.zeros(2))
+    broad = torch.zeros(20, 1100, dtype=torch.bfloat16)  # rows of several parts, the last of them not whole
+    of_broad = torch.ones(3, 1, 1100).unbind(0)
+    yield lambda: norm_quantize.launch(broad[None], *of_broad[:2], broad[None], of_broad[2], 1e-6, 8, None, 0)
+    yield lambda: gelu_quantize.launch(broad, rows[:20], 8, None, True, torch.float8_e4m3fn)
     norm, angles, none = torch.ones(128, dtype=torch.bfloat16), torch.ones(150, 64), (None, None)
     yield lambda: pack_heads.launch(head, head, head, 128, norm, norm, norm, norm, 1e-6, angles, angles, 0, *none)
     together = torch.ones(2 * 128, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ from tests.quant_runtime.kernels.inputs import FP8_CHECKS, FP32_ROUNDING, ROUNDI
 from tests.support import relative_error
 
 FLIPS = 1e-3  # of the entries may fall to the other side of a half, by one step
-SHAPES = [(2, 5, 33), (1, 7, 256), (1, 3, 3072)]
+SHAPES = [(2, 5, 33), (1, 7, 256), (2, 3, 1100), (1, 3, 3072)]
 
 
 def arguments(shape, device, dtype=torch.float32, gated=False, parts=1):
