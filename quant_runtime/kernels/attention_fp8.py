@@ -24,7 +24,7 @@ pack_heads makes the operands. scores = softmax_scale * q @ k.T, exact sums time
 keys in float32; P in e4m3, as 256 times itself; sums over a block of keys in the matrix unit, over blocks in float32. D
 is a multiple of 32 up to 128, block_q is 64 or 128, block_k is 32, 64 or 128.
 
-On a Hopper, heads of 128 in blocks of 128 run by attention_fp8_sm90, which is written by hand; all else, and
+On a Hopper, heads of 64 and 128 in blocks of 128 run by attention_fp8_sm90, which is written by hand; all else, and
 attention_fp8_refresh, by Triton. What makes that fast there: keys and values come through the copy engine; V lies
 transposed, since FP8 wants its second operand so; its keys lie in the order in which the first product leaves its
 columns in registers, so that P is used where it is; and sums start at the bits of 1.5 * 2**23, so that they are floats
@@ -53,7 +53,7 @@ LARGEST_D = 128
 GROUP = 32  # keys that are reordered among themselves
 P_BITS = 8  # P, at most 1, is written as P * 2**8: its small values keep their bits, and 256 is below the top
 LOG2E = math.log2(math.e)
-HOPPER = "CUDA for sm_90a, Triton for heads other than 128"  # blocks other than 128 go by Triton too: no plan has them
+HOPPER = "CUDA for sm_90a, Triton for other heads than 64 and 128"  # and for other blocks than 128: no plan has them
 
 
 class Operands(NamedTuple):

@@ -1,11 +1,16 @@
 // attention_fp8 for Hopper, in sm_90a: 128 queries of a head at a time, over the blocks of 128 keys that they keep.
 //
 // One group of warps (a single thread of it) takes tiles from a counter and has the copy engine bring Q, K and V; two
-// groups have 64 queries each. While a block's weights are multiplied by its values, the next block's scores are made
-// and weighted: what is waited for is asked for one block ahead.
+// groups have 64 queries each.
 //
 //   s   the scores of a block, whole numbers, and then its weights, float32        p   those in e4m3
 //   t   weights times values of one block                                          o   the sum of all blocks so far
+//
+// With heads of 128 a group overlaps its own work, in all registers that there are: while a block's weights are
+// multiplied by its values, the next one's scores are made and weighted, and what is waited for is asked for one block
+// ahead. Heads of 64 have the same exponentials for half of the products, and the matrix unit waits for them. A group
+// does one thing after another then, with half of a block's scores at a time, in so few registers that two programs run
+// on a processor: their four groups are at different things and fill each other's gaps.
 //
 // Sums over a block are the matrix unit's, over blocks float32: the matrix unit keeps 14 bits of a float that it adds
 // to. V has eight rows more, of which the first is ones, so that the sum of the weights is one more channel.
@@ -14,18 +19,27 @@
 
 #include "sm90.cuh"
 
-constexpr int D = 128, BLOCK = 128, GROUPS = 2;
+#ifndef POLY
+#define POLY 8  // with heads of 64 one in so many exponentials is a polynomial; 0 is none
+#endif
+
+constexpr int D = SIZE, BLOCK = 128, GROUPS = 2;
 constexpr int Q_BYTES = BLOCK * D, K_BYTES = BLOCK * D, V_BYTES = BLOCK * D + 8 * BLOCK;  // V and its rows of ones
 constexpr int WIDE = (D + 8) / 2;  // floats a thread has of 64 rows of D + 8 channels
-constexpr int EARLY = 2;           // quarters of a block that are weighted before the last block's products are in
-constexpr int FAR = -(1 << 30);    // the score of a key that is not there
+[[maybe_unused]] constexpr int EARLY = 2;  // quarters of a block that are weighted before the last's products are in
+constexpr int FAR = -(1 << 30);  // the score of a key that is not there
 constexpr float P_BITS = 7.0f, SLACK = 1.75f;  // weights to 2**8.75, and e4m3 ends at 448 = 2**8.8
+static_assert(D == 64 || D == 128);
 static_assert(STAGES > 2 && (STAGES & STAGES - 1) == 0, "a block is held while the next but one is waited for");
 
-// Rows of 128 bytes, swizzled in groups of eight, as copy_tile leaves them.
-__device__ __forceinline__ u64 described(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+// Rows of 128 bytes, or of 64, swizzled in groups of eight, as copy_tile leaves them.
+template <int ROW> __device__ __forceinline__ u64 described(u32 address) {
+  static_assert(ROW == 128 || ROW == 64);
+  return (u64)((address & 0x3FFFF) >> 4) | (u64)1 << 16 | (u64)(8 * ROW >> 4) << 32 | (u64)(128 / ROW) << 62;
 }
+
+// The same by its low word, which alone depends on the address, and so takes half the registers.
+template <int ROW> __device__ __forceinline__ u64 described_by(u32 low) { return described<ROW>(0) >> 32 << 32 | low; }
 
 // As hold: floats as words, which these products have been tuned with.
 template <int N, typename T> __device__ __forceinline__ void hold_words(T (&r)[N]) {
@@ -33,10 +47,38 @@ template <int N, typename T> __device__ __forceinline__ void hold_words(T (&r)[N
   for (int i = 0; i < N; i++) asm volatile("" : "+r"(reinterpret_cast<u32 &>(r[i]))::"memory");
 }
 
+// Nothing is in these registers from here on.
+template <int N, typename T> __device__ __forceinline__ void forget(T (&r)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "=r"(reinterpret_cast<u32 &>(r[i])));
+}
+
+// Four numbers in e4m3, times a power of two that is given as two halves.
+__device__ __forceinline__ u32 times(u32 p, u32 by) {
+  asm("{.reg .b16 l, h; .reg .b32 x, y; mov.b32 {l, h}, %0; cvt.rn.f16x2.e4m3x2 x, l; cvt.rn.f16x2.e4m3x2 y, h;"
+      "mul.rn.f16x2 x, x, %1; mul.rn.f16x2 y, y, %1; cvt.rn.satfinite.e4m3x2.f16x2 l, x;"
+      "cvt.rn.satfinite.e4m3x2.f16x2 h, y; mov.b32 %0, {l, h};}" : "+r"(p) : "r"(by));
+  return p;
+}
+
+__device__ __forceinline__ u32 as_two_halves(float x) {
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %1;" : "=r"(r) : "f"(x));
+  return r;
+}
+
 __device__ __forceinline__ float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// The same without the exponential unit, off by 0.17 % at most; from -20 down, and of NaN, what is nothing in e4m3.
+__device__ __forceinline__ float exp2_by_polynomial(float x) {
+  x = fmaxf(x, -20.0f);  // or the exponent runs over
+  const float whole = x + 12582912.0f, f = x - (whole - 12582912.0f);
+  const float y = fmaf(fmaf(0.23842693f, f, 0.70344794f), f, 1.00044327f);
+  return __int_as_float(__float_as_int(y) + (__float_as_int(whole) << 23));
 }
 
 __device__ __forceinline__ u32 two_halves(float a, float b) {
@@ -71,6 +113,45 @@ __device__ __forceinline__ float2 two_residuals(const void *residual, i64 i, flo
 #endif
 }
 
+// Of two rows a thread has the scores of two neighbours in every eight keys, from 2 * quad on; `left` keys are there.
+template <int N> __device__ __forceinline__ void hide(int (&s)[N], int left, int quad) {
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    if (left - 2 * quad <= 8 * (i / 4) + i % 2) s[i] = FAR;
+}
+
+template <int N> __device__ __forceinline__ void look(const int (&s)[N], int (&top)[2]) {
+  top[0] = top[1] = FAR;
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    top[0] = max(max(top[0], s[i]), s[i + 1]);
+    top[1] = max(max(top[1], s[i + 2]), s[i + 3]);
+  }
+}
+
+__device__ __forceinline__ float largest_of_four(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFF, x, 2));
+}
+
+// Weights of no keys are zero, whatever the scale.
+__device__ __forceinline__ void drop(u32 (&p)[16], int left, int quad) {
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    u32 keep = 0;
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+      if (left - 2 * quad > 32 * (i / 4) + 16 * (i % 4 / 2) + 8 * (c / 2) + c % 2) keep |= 0xFFu << 8 * c;
+    p[i] &= keep;
+  }
+}
+
+#define FOUR(kind, x, i) kind(x[i]), kind(x[i + 1]), kind(x[i + 2]), kind(x[i + 3])
+#define SIXTEEN(kind, x, i) FOUR(kind, x, i), FOUR(kind, x, i + 4), FOUR(kind, x, i + 8), FOUR(kind, x, i + 12)
+#define NAMES32 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31"
+
 // s += 64 rows of Q times 32 channels of 128 keys.
 __device__ __forceinline__ void scores(int (&s)[64], u64 q, u64 k, int more) {
   asm volatile(
@@ -90,8 +171,23 @@ __device__ __forceinline__ void scores(int (&s)[64], u64 q, u64 k, int more) {
       : "l"(q), "l"(k), "r"(more));
 }
 
+// s += 64 rows of Q times 32 channels of 64 keys.
+__device__ __forceinline__ void scores(int (&s)[32], u64 q, u64 k, int more) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" NAMES32
+               "}, %32, %33, p;}"
+               : SIXTEEN("+r", s, 0), SIXTEEN("+r", s, 16)
+               : "l"(q), "l"(k), "r"(more));
+}
+
 // t += weights of 32 keys, 64 rows, times 32 keys of all channels.
-__device__ __forceinline__ void weighted(float (&t)[68], const unsigned *p, u64 v, int more) {
+__device__ __forceinline__ void weighted(float (&t)[36], const u32 *p, u64 v, int more) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %41, 0; wgmma.mma_async.sync.aligned.m64n72k32.f32.e4m3.e4m3 {" NAMES32
+               ",%32,%33,%34,%35}, {%36,%37,%38,%39}, %40, p, 1, 1;}"
+               : SIXTEEN("+f", t, 0), SIXTEEN("+f", t, 16), FOUR("+f", t, 32)
+               : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v), "r"(more));
+}
+
+__device__ __forceinline__ void weighted(float (&t)[68], const u32 *p, u64 v, int more) {
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p, %73, 0;"
       "wgmma.mma_async.sync.aligned.m64n136k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,"
@@ -112,13 +208,13 @@ __device__ __forceinline__ void weighted(float (&t)[68], const unsigned *p, u64 
 
 // Behind the tiles in shared memory. A barrier is full when what it guards has come, and empty when all have read it.
 struct Shared {
-  u64 q_full, q_empty, tile_full[2], tile_empty[2], full[STAGES], empty[STAGES];
+  u64 q_full[SLOTS], q_empty[SLOTS], tile_full[2], tile_empty[2], full[STAGES], empty[STAGES];
   float scale[STAGES];
   int keys[STAGES];  // from this block's first on: 128 or more, but of the last block
   int tile[2], count[2];
 };
 
-extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp8_sm90(
+extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, PROGRAMS) attention_fp8_sm90(
     const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
     const __grid_constant__ TensorMap map_v, const float *q_scale, const float *k_scale, const float *v_scale,
     const int *kept, const int *counts, const int *tokens, const void *residual, const float *residual_scale, void *out,
@@ -126,13 +222,15 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
     i64 list_r, i64 count_b, i64 count_h, i64 count_r, i64 token_b, i64 token_h) {
   extern __shared__ char raw[];
   const u32 base = (address_of(raw) + 1023) & ~1023;
-  const u32 q_at = base, k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
-  Shared &sh = *(Shared *)(raw + (base - address_of(raw)) + Q_BYTES + STAGES * (K_BYTES + V_BYTES));
+  const u32 q_at = base, k_at = q_at + SLOTS * Q_BYTES, v_at = k_at + STAGES * K_BYTES;
+  Shared &sh = *(Shared *)(raw + (base - address_of(raw)) + SLOTS * Q_BYTES + STAGES * (K_BYTES + V_BYTES));
   const int thread = threadIdx.x, group = thread / 128;
 
   if (thread == 0) {
-    barrier_init(&sh.q_full, 1);
-    barrier_init(&sh.q_empty, 4 * GROUPS);
+    for (int i = 0; i < SLOTS; i++) {
+      barrier_init(&sh.q_full[i], 1);
+      barrier_init(&sh.q_empty[i], 4 * GROUPS);
+    }
     for (int i = 0; i < 2; i++) {
       barrier_init(&sh.tile_full[i], 1);
       barrier_init(&sh.tile_empty[i], 4 * GROUPS);
@@ -152,9 +250,9 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
   __syncthreads();
 
   if (group == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(D == 64 ? 32 : 24));
     if (thread == 0) {
-      int stage = 0, phase = 0, slot = 0, slot_phase = 0, q_phase = 0;
+      int stage = 0, phase = 0, slot = 0, slot_phase = 0, q = 0, q_phase = 0;
       for (;;) {
         const int tile = atomicAdd(next, 1);
         const int head = tile / rows, row = rows - 1 - tile % rows;  // text lies last and has the longest lists
@@ -170,10 +268,10 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
         const int *list = kept + head / H * list_b + head % H * list_h + row * list_r;
         const float *scales = k_scale + (i64)head * (P / BLOCK);
         int block = count > 0 ? list[0] : 0;
-        wait(&sh.q_empty, q_phase ^ 1);
-        q_phase ^= 1;
-        expect(&sh.q_full, Q_BYTES);
-        copy_tile(q_at, &map_q, 0, head * N + row * BLOCK, &sh.q_full);
+        wait(&sh.q_empty[q], q_phase ^ 1);
+        expect(&sh.q_full[q], Q_BYTES);
+        copy_tile(q_at + q * Q_BYTES, &map_q, 0, head * N + row * BLOCK, &sh.q_full[q]);
+        if (++q == SLOTS) q = 0, q_phase ^= 1;
 #pragma unroll 1
         for (int i = 0; i < count; i++) {
           const int then = i + 1 < count ? list[i + 1] : 0;
@@ -191,11 +289,11 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(D == 64 ? 104 : 240));
     const int mine = group - 1, lane = thread % 32, quad = lane % 4;
     int visited = 0, tiles_seen = 0;
-    const u64 q_part = described(q_at + mine * 64 * D);
-    int s[64];
+    const u64 q_part = described<D>(q_at + mine * 64 * D);
+    int s[D == 64 ? 32 : 64];
     float o[WIDE], t[WIDE];
     u32 p[16];
     for (;; tiles_seen++) {
@@ -216,8 +314,90 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
       }
 #pragma unroll
       for (int i = 0; i < WIDE; i++) o[i] = 0.0f;
-      wait(&sh.q_full, tiles_seen & 1);
+      const int q = tiles_seen & SLOTS - 1;
+      wait(&sh.q_full[q], tiles_seen / SLOTS & 1);
 
+#if SIZE == 64
+      // By way of a shuffle the compiler knows it to be one in a warp, as descriptions are.
+      const u32 q_first = __shfl_sync(0xFFFFFFFF, (u32)q_part, 0) + q * (Q_BYTES >> 4);
+      const u32 k_first = (u32)described<D>(k_at), v_first = (u32)described<BLOCK>(v_at);
+#pragma unroll 1
+      for (int i = 0; i < count; i++) {
+        const u32 at = visited + i, stage = at % STAGES;
+        const u32 k_low = k_first + stage * (K_BYTES >> 4), v_low = v_first + stage * (V_BYTES >> 4);
+        wait(&sh.full[stage], at / STAGES & 1);
+        const int left = sh.keys[stage];
+#pragma unroll
+        for (int r = 0; r < 2; r++) scale[r] = scale_of[r] * sh.scale[stage];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          forget(s);
+          fence();
+#pragma unroll
+          for (int k = 0; k < D / 32; k++)
+            scores(s, described_by<D>(q_first + 2 * k), described_by<D>(k_low + half * (K_BYTES / 2 >> 4) + 2 * k),
+                   k > 0);
+          commit();
+          wait_products<0>();
+          hold(s);
+          if (left < 64 * (half + 1)) hide(s, left - 64 * half, quad);
+          int top[2];
+          look(s, top);
+          float high[2];
+#pragma unroll
+          for (int r = 0; r < 2; r++) high[r] = (float)top[r] * scale[r];
+          if (__any_sync(0xFFFFFFFF, fmaxf(high[0] + less[0], high[1] + less[1]) > P_BITS + SLACK)) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+              high[r] = largest_of_four(high[r]);
+              if (half == 0) {
+                const float lower = fminf(less[r], P_BITS - high[r]);
+                fade[r] = exp2_of(lower - less[r]);
+                less[r] = lower;
+              } else {  // the first half is in e4m3 already, and keeps its bits by whole steps: to 2**7.5 at most
+                const float step = fminf(0.0f, rintf(P_BITS - high[r] - less[r]));
+                fade[r] = exp2_of(step);
+                less[r] += step;
+                const u32 by = as_two_halves(fade[r]);
+#pragma unroll
+                for (int c = r; c < 8; c += 2) p[c] = times(p[c], by);
+              }
+            }
+#pragma unroll
+            for (int at = 0; at < WIDE; at++) o[at] *= fade[at / 2 % 2];
+          }
+#pragma unroll
+          for (int c = 0; c < 8; c++) {  // rows g and g + 8 of keys 0-15, then of keys 16-31, and of the next 32
+            const int at = 8 * (c / 2) + 2 * (c % 2), r = c % 2;
+            auto weight = [&](int at) {
+              const float x = fmaf((float)s[at], scale[r], less[r]);
+#if POLY
+              if (half == 1 && 2 * at % POLY == 0)  // beside the first half's weights, the second's scores are made
+                return exp2_by_polynomial(x);       // in the registers that this takes
+#endif
+              return exp2_of(x);
+            };
+            p[8 * half + c] = four_e4m3(weight(at), weight(at + 1), weight(at + 4), weight(at + 5));
+          }
+        }
+        if (left < BLOCK) drop(p, left, quad);
+        hold(p);
+        forget(t);
+        fence();
+#pragma unroll
+        for (int k = 0; k < BLOCK / 32; k++) weighted(t, p + 4 * k, described_by<BLOCK>(v_low + 2 * k), k > 0);
+        commit();
+        wait_products<0>();
+        hold(t);
+        __syncwarp();
+        if (lane == 0) arrive(&sh.empty[stage]);
+#pragma unroll
+        for (int at = 0; at < WIDE; at++) o[at] += t[at];
+      }
+      visited += count;
+      if (lane == 0) arrive(&sh.q_empty[q]);
+
+#else
       bool grown;
       auto ready = [&]() {  // the next block has come
         wait(&sh.full[visited & STAGES - 1], visited / STAGES & 1);
@@ -225,7 +405,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
       float k_of;
       int left;
       auto ask = [&]() {  // its scores
-        const u64 k_part = described(k_at + (visited & STAGES - 1) * K_BYTES);
+        const u64 k_part = described<D>(k_at + (visited & STAGES - 1) * K_BYTES);
         hold_words(s);
         fence();
 #pragma unroll
@@ -236,17 +416,9 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
       };
       auto measure = [&]() {
         hold_words(s);
-        if (left < BLOCK) {
-#pragma unroll
-          for (int i = 0; i < 64; i++)
-            if (left - 2 * quad <= 8 * (i / 4) + i % 2) s[i] = FAR;
-        }
-        int top[2] = {FAR, FAR};
-#pragma unroll
-        for (int i = 0; i < 64; i += 4) {
-          top[0] = max(max(top[0], s[i]), s[i + 1]);
-          top[1] = max(max(top[1], s[i + 2]), s[i + 3]);
-        }
+        if (left < BLOCK) hide(s, left, quad);
+        int top[2];
+        look(s, top);
         float high[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -257,9 +429,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
         if (grown) {
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            high[r] = fmaxf(high[r], __shfl_xor_sync(0xFFFFFFFF, high[r], 1));
-            high[r] = fmaxf(high[r], __shfl_xor_sync(0xFFFFFFFF, high[r], 2));
-            const float lower = fminf(less[r], P_BITS - high[r]);
+            const float lower = fminf(less[r], P_BITS - largest_of_four(high[r]));
             fade[r] = exp2_of(lower - less[r]);
             less[r] = lower;
           }
@@ -278,21 +448,12 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
                                    __int_as_float(s[at + 5]));
         }
       };
-      auto mask = [&]() {  // weights of no keys are zero, whatever the scale
-        if (left < BLOCK) {
-#pragma unroll
-          for (int i = 0; i < 16; i++) {
-            u32 keep = 0;
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-              if (left - 2 * quad > 32 * (i / 4) + 16 * (i % 4 / 2) + 8 * (c / 2) + c % 2) keep |= 0xFFu << 8 * c;
-            p[i] &= keep;
-          }
-        }
+      auto mask = [&]() {
+        if (left < BLOCK) drop(p, left, quad);
         visited++;
       };
       auto gather = [&]() {  // t = weights of the last block times its values
-        const u64 v_part = described(v_at + (visited - 1 & STAGES - 1) * V_BYTES);
+        const u64 v_part = described<BLOCK>(v_at + (visited - 1 & STAGES - 1) * V_BYTES);
         hold_words(p);
         hold_words(t);
         fence();
@@ -308,9 +469,9 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
       };
       auto add = [&](int i) {  // a quarter
 #pragma unroll
-        for (int at = 16 * i; at < 16 * i + 16; at++) o[at] += t[at];
+        for (int at = D / 8 * i; at < D / 8 * (i + 1); at++) o[at] += t[at];
         if (i == 3)
-          for (int at = 64; at < WIDE; at++) o[at] += t[at];
+          for (int at = D / 2; at < WIDE; at++) o[at] += t[at];
       };
       int rest = count - 1;
       if (count > 0) {
@@ -348,15 +509,16 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
           }
           mask();
         }
-        if (lane == 0) arrive(&sh.q_empty);
+        if (lane == 0) arrive(&sh.q_empty[q]);
         gather();
         gathered();
 #pragma unroll
         for (int j = 0; j < 4; j++) add(j);
       } else if (lane == 0) {
-        arrive(&sh.q_empty);
+        arrive(&sh.q_empty[q]);
       }
 
+#endif
       // the answer
       const int batch = head / H, h = head % H;
 #pragma unroll
@@ -382,7 +544,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, 1) attention_fp
         const float lost = 1.0f;
 #endif
 #pragma unroll
-        for (int m = 0; m < 4; m++) {  // 32 channels: each thread of four has two of every eight, and gets eight
+        for (int m = 0; m < D / 32; m++) {  // 32 channels: each thread of four has two of every eight, and gets eight
           [[maybe_unused]] u32 w[4];
 #pragma unroll
           for (int j = 0; j < 4; j++) {

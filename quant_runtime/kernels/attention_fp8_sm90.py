@@ -1,4 +1,4 @@
-"""attention_fp8 by hand for Hopper (sm_90a): heads of 128 channels, in blocks of 128 queries and 128 keys.
+"""attention_fp8 by hand for Hopper (sm_90a): heads of 64 or 128, in blocks of 128 queries and 128 keys.
 
 The operands, and what is answered, are attention_fp8's; the source beside this file says how. Other shapes, and other
 cards, run by Triton.
@@ -15,18 +15,17 @@ from torch import Tensor
 from quant_runtime.kernels import _cuda
 from quant_runtime.kernels._triton import processors
 
-SIZE = BLOCK = 128
+BLOCK = 128
 THREADS = 3 * 128  # one group of warps brings the tiles, two multiply
-STAGES = 4
-SHARED = (
-    1024 + BLOCK * SIZE + STAGES * (2 * BLOCK * SIZE + 1024) + 1024
-)  # alignment, Q, K and V with its ones, the rest
+PROGRAMS = {64: 2, 128: 1}  # of a processor at once, by the size of a head
+SLOTS = {64: 2, 128: 1}  # tiles of Q in a program's memory
+STAGES = {64: 4, 128: 4}  # blocks of K and V there
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of the answer
 ADDED = {torch.int8: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}  # of the residual; 0 is none
 
 
 def takes(q: Tensor, block_q: int, block_k: int) -> bool:
-    return q.shape[3] == SIZE and block_q == block_k == BLOCK
+    return q.shape[3] in PROGRAMS and block_q == block_k == BLOCK
 
 
 def launch(
@@ -55,8 +54,8 @@ def launch(
     out = torch.empty(batch, count, heads, size, dtype=out_dtype, device=q.device)
     with torch.cuda.device(q.device):
         added = 0 if residual is None else ADDED[residual.dtype]
-        _kernel(q.device, KINDS[out_dtype], added, tokens is not None, lse is not None)(
-            min(processors(q.device), every * rows),
+        _kernel(q.device, size, KINDS[out_dtype], added, tokens is not None, lse is not None)(
+            min(PROGRAMS[size] * processors(q.device), every * rows),
             THREADS,
             _cuda.tiles(q.view(-1, size), BLOCK, size),
             _cuda.tiles(k.view(-1, size), BLOCK, size),
@@ -85,7 +84,9 @@ def launch(
 
 
 @functools.cache
-def _kernel(device: torch.device, out: int, residual: int, tokens: bool, lse: bool) -> _cuda.Kernel:
+def _kernel(device: torch.device, size: int, out: int, residual: int, tokens: bool, lse: bool) -> _cuda.Kernel:
+    tile, slots, stages = BLOCK * size, SLOTS[size], STAGES[size]
+    shared = 1024 + slots * tile + stages * (2 * tile + 1024) + 1024  # alignment, Q, K and V with its ones, the rest
+    shape = (("SIZE", size), ("PROGRAMS", PROGRAMS[size]), ("SLOTS", slots), ("STAGES", stages))
     answers = (("OUT", out), ("RESIDUAL", residual), ("TOKENS", int(tokens)), ("LSE", int(lse)))
-    defines = (*answers, ("STAGES", STAGES))
-    return _cuda.Kernel("attention_fp8_sm90.cu", "attention_fp8_sm90", SHARED, defines)
+    return _cuda.Kernel("attention_fp8_sm90.cu", "attention_fp8_sm90", shared, (*shape, *answers))

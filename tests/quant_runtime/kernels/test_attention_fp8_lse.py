@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from quant_runtime.kernels import _cuda, attention_fp8
+from quant_runtime.kernels import _cuda, attention_fp8, attention_fp8_sm90
 from quant_runtime.kernels.attention_fp8 import attention_fp8_lse, merged
 from quant_runtime.kernels.pack_heads import pack_heads
 from quant_runtime.selftest import JUDGES
@@ -11,7 +11,11 @@ from tests.support import relative_error
 
 SUMS = 0.02  # of a weight: scores become weights as floats that are 1.5 * 2**23 steps too large, which costs bits
 ROUNDED_SUMS = 2**-4  # by hand they are of weights in e4m3, and where one key has them all, as far off as it is
-HOPPER_SHAPES = [(1, 2, 1000, 128, 128), (2, 3, 517, 128, 128), (1, 1, 128, 128, 128)]
+HOPPER_SHAPES = [
+    (batch, heads, tokens, size, 128)
+    for size in attention_fp8_sm90.PROGRAMS
+    for batch, heads, tokens in ((1, 2, 1000), (2, 3, 517), (1, 1, 128))
+]
 
 
 def versions(device):

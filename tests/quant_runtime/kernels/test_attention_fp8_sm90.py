@@ -9,7 +9,13 @@ from tests.quant_runtime.kernels.inputs import FP16_ROUNDING, FP32_ROUNDING
 from tests.quant_runtime.kernels.test_attention_fp8 import P_ROUNDED, placed, refresh_arguments, residual, shuffled
 from tests.support import relative_error
 
-SHAPES = [(1, 2, 1000, 128, 128), (2, 3, 517, 128, 128), (1, 1, 128, 128, 128), (1, 3, 2333, 128, 128)]
+SIZES = tuple(attention_fp8_sm90.PROGRAMS)
+SHAPES = [
+    (batch, heads, tokens, size, 128)
+    for size in SIZES
+    for batch, heads, tokens in ((1, 2, 1000), (2, 3, 517), (1, 1, 128), (1, 3, 2333))
+]
+RAGGED = [shape for shape in SHAPES if shape[2] in (1000, 517)]
 SLACK = 0.1  # its weights are relative to another number than the reference's, and fall elsewhere between e4m3's steps
 
 
@@ -34,7 +40,7 @@ def test_it_agrees_with_the_reference(shape, out_dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES[:2])
+@pytest.mark.parametrize("shape", RAGGED)
 def test_a_residual_is_added_before_the_answer_is_rounded(shape, dtype, device):
     args, its = refresh_arguments(shape, device), residual(shape, device, dtype)
     want = run(args, None, None, None) + attention_fp8.unpacked_residual(*its)
@@ -46,8 +52,9 @@ def test_a_residual_is_added_before_the_answer_is_rounded(shape, dtype, device):
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.int8])
-def test_answers_go_to_the_tokens_of_their_places_and_what_is_added_lies_there(shared, dtype, device):
-    shape = SHAPES[1]
+@pytest.mark.parametrize("size", SIZES)
+def test_answers_go_to_the_tokens_of_their_places_and_what_is_added_lies_there(shared, dtype, size, device):
+    shape = (2, 3, 517, size, 128)
     args, tokens = refresh_arguments(shape, device), shuffled(shape, device, shared)
     added, scale = (None, None) if dtype is None else residual(shape, device, dtype)
     want = run(args, None, None, None)
@@ -56,8 +63,9 @@ def test_answers_go_to_the_tokens_of_their_places_and_what_is_added_lies_there(s
     assert relative_error(placed(run(args, added, scale, tokens), tokens), want) < FP32_ROUNDING
 
 
-def test_a_row_without_blocks_answers_zero_and_what_is_not_finite_shows(device):
-    args = list(refresh_arguments(SHAPES[0], device))
+@pytest.mark.parametrize("size", SIZES)
+def test_a_row_without_blocks_answers_zero_and_what_is_not_finite_shows(size, device):
+    args = list(refresh_arguments((1, 2, 1000, size, 128), device))
     args[4] = args[4].clone()
     args[4][0, 0, 0] = float("nan")  # the scale of the first block of keys of one head
     out = run(args, None, None, None)
@@ -66,8 +74,9 @@ def test_a_row_without_blocks_answers_zero_and_what_is_not_finite_shows(device):
     assert out[0, 1].isfinite().all()
 
 
-def test_padding_behind_the_last_key_does_not_matter_even_where_all_scores_are_nothing(device):
-    args = list(refresh_arguments(SHAPES[0], device))
+@pytest.mark.parametrize("size", SIZES)
+def test_padding_behind_the_last_key_does_not_matter_even_where_all_scores_are_nothing(size, device):
+    args = list(refresh_arguments((1, 2, 1000, size, 128), device))
     args[0] = torch.zeros_like(args[0])
     before = run(args, None, None, None)
     args[1], args[2] = args[1].clone(), args[2].clone()
@@ -77,9 +86,10 @@ def test_padding_behind_the_last_key_does_not_matter_even_where_all_scores_are_n
 
 
 @pytest.mark.parametrize("growth", [0.1, 1.0, 30.0])
-def test_scores_that_grow_from_block_to_block_are_followed(growth, device):
+@pytest.mark.parametrize("size", SIZES)
+def test_scores_that_grow_from_block_to_block_are_followed(growth, size, device):
     """What is largest so far changes little at every block, or much: weights stay below e4m3's top."""
-    q, k, v = torch.randn(3, 1, 2, 2000, 128, device=device)
+    q, k, v = torch.randn(3, 1, 2, 2000, size, device=device)
     k = k * 0.1 + q.mean(dim=2, keepdim=True) * growth * torch.linspace(0, 1, 2000, device=device)[:, None]
     q = q + 5 * q.mean(dim=2, keepdim=True)
     args = all_kept(q, k, v)
@@ -92,9 +102,10 @@ def all_kept(q, k, v):
     kept = torch.arange(rows, dtype=torch.int32, device=q.device).expand(*q.shape[:2], rows, rows)
     counts = torch.full((*q.shape[:2], rows), rows, dtype=torch.int32, device=q.device)
     operands = (packed.q, packed.k, packed.v, packed.q_scale, packed.k_scale, packed.v_scale)
-    return *operands, kept, counts, q.shape[2], 128, 128, torch.float32, 128**-0.5
+    return *operands, kept, counts, q.shape[2], 128, 128, torch.float32, q.shape[3] ** -0.5
 
 
-def test_it_is_what_runs_there(device):
-    args = refresh_arguments(SHAPES[0], device, torch.bfloat16)
+@pytest.mark.parametrize("size", SIZES)
+def test_it_is_what_runs_there(size, device):
+    args = refresh_arguments((1, 2, 1000, size, 128), device, torch.bfloat16)
     assert torch.equal(attention_fp8.attention_fp8(*args), run(args, None, None, None))

@@ -53,8 +53,8 @@ def kernels():
     """Modules, and what their `_kernel` is asked for."""
     for asked in itertools.product(attention_blocks_sm90.SIZES, HALVES):
         yield attention_blocks_sm90, asked
-    for asked in ATTENTIONS:
-        yield attention_fp8_sm90, asked
+    for size, asked in itertools.product(attention_fp8_sm90.PROGRAMS, ATTENTIONS):
+        yield attention_fp8_sm90, (size, *asked)
     for asked in itertools.product(linear_w8a8_sm90.KINDS.values(), (0, *linear_w8a8_sm90.BIASES.values())):
         yield linear_w8a8_sm90, asked
     for (columns, block), fp8 in itertools.product(ROTATIONS, (False, True)):
