@@ -19,14 +19,11 @@
 
 #include "sm90.cuh"
 
-#ifndef POLY
-#define POLY 8  // with heads of 64 one in so many exponentials is a polynomial; 0 is none
-#endif
-
 constexpr int D = SIZE, BLOCK = 128, GROUPS = 2;
 constexpr int Q_BYTES = BLOCK * D, K_BYTES = BLOCK * D, V_BYTES = BLOCK * D + 8 * BLOCK;  // V and its rows of ones
 constexpr int WIDE = (D + 8) / 2;  // floats a thread has of 64 rows of D + 8 channels
 [[maybe_unused]] constexpr int EARLY = 2;  // quarters of a block that are weighted before the last's products are in
+[[maybe_unused]] constexpr int POLYNOMIAL = 4;  // with heads of 64, one in so many weights of a second half is one
 constexpr int FAR = -(1 << 30);  // the score of a key that is not there
 constexpr float P_BITS = 7.0f, SLACK = 1.75f;  // weights to 2**8.75, and e4m3 ends at 448 = 2**8.8
 static_assert(D == 64 || D == 128);
@@ -371,10 +368,8 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, PROGRAMS) atten
             const int at = 8 * (c / 2) + 2 * (c % 2), r = c % 2;
             auto weight = [&](int at) {
               const float x = fmaf((float)s[at], scale[r], less[r]);
-#if POLY
-              if (half == 1 && 2 * at % POLY == 0)  // beside the first half's weights, the second's scores are made
-                return exp2_by_polynomial(x);       // in the registers that this takes
-#endif
+              if (half == 1 && at % POLYNOMIAL == 0)  // beside the first half's weights, the second's scores are
+                return exp2_by_polynomial(x);         // made in the registers that this takes
               return exp2_of(x);
             };
             p[8 * half + c] = four_e4m3(weight(at), weight(at + 1), weight(at + 4), weight(at + 5));
