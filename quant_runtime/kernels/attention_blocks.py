@@ -329,27 +329,29 @@ def _attention_blocks(
     KS: tl.constexpr,
     BQ: tl.constexpr,
     BK: tl.constexpr,
+    TQ: tl.constexpr,
+    TK: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
 ):
-    """QS and KS: 0 for float operands, else how many tokens share a scale."""
-    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """QS and KS: 0 for float operands, else how many tokens share a scale. TQ and TK: how many of a block at a time."""
+    row, head = tl.program_id(0) // (BQ // TQ), tl.program_id(1).to(tl.int64)
     b, h = head // H, head % H
-    n, d = row * BQ + tl.arange(0, BQ), tl.arange(0, DP)
+    n, d = tl.program_id(0) * TQ + tl.arange(0, TQ), tl.arange(0, DP)
     n64, in_d = n.to(tl.int64), d < D
 
     my_q = tl.load(q + b * q_b + h * q_h + n64[:, None] * q_n + d[None, :], mask=(n < N)[:, None] & in_d, other=0)
-    row_scale = tl.full((BQ,), 1.0, tl.float32) * softmax_scale
+    row_scale = tl.full((TQ,), 1.0, tl.float32) * softmax_scale
     if QS > 0:
         row_scale *= tl.load(q_scale + head * tl.cdiv(N, QS) + n // QS, mask=n < N, other=0.0)
 
     k_head, v_head = k + b * k_b + h * k_h, v + b * v_b + h * v_h
     list_ = kept + b * list_b + h * list_h + row.to(tl.int64) * list_r
     count = tl.load(counts + head * ROWS + row)
-    most, total = tl.full((BQ,), float("-inf"), tl.float32), tl.zeros((BQ,), tl.float32)
-    found = tl.zeros((BQ, DP), tl.float32)
-    for index in range(count):
-        m = tl.load(list_ + index) * BK + tl.arange(0, BK)
+    most, total = tl.full((TQ,), float("-inf"), tl.float32), tl.zeros((TQ,), tl.float32)
+    found = tl.zeros((TQ, DP), tl.float32)
+    for index in range(count * (BK // TK)):
+        m = tl.load(list_ + index // (BK // TK)) * BK + index % (BK // TK) * TK + tl.arange(0, TK)
         m64, in_m = m.to(tl.int64), m < M
         keys = tl.load(k_head + m64[None, :] * k_n + d[:, None], mask=in_m[None, :] & in_d[:, None], other=0)
         if QS > 0:
@@ -389,7 +391,8 @@ def launch(
     (batch, heads, tokens, size), keys, out = q.shape, k.shape[2], _answer(q, v)
     q, k, v, kept = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v, kept))
     rows = triton.cdiv(tokens, block_q)
-    _attention_blocks[(rows, batch * heads)](
+    tile_q, tile_k = (_tile(block, size, q.dtype) for block in (block_q, block_k))
+    _attention_blocks[(triton.cdiv(tokens, tile_q), batch * heads)](
         q,
         k,
         v,
@@ -411,11 +414,18 @@ def launch(
         KS=_sharing(k_scale, keys, block_k),
         BQ=block_q,
         BK=block_k,
+        TQ=tile_q,
+        TK=tile_k,
         D=size,
         DP=max(32 if q.dtype == torch.int8 else 16, triton.next_power_of_2(size)),  # a matrix unit's least
-        num_warps=8 if block_q == 128 else 4,
+        num_warps=8 if tile_q == 128 else 4,
     )
     return out
+
+
+def _tile(block: int, size: int, dtype: torch.dtype) -> int:
+    """How many of a block's tokens go at a time: float32 ones lie in shared memory, of which some GPUs have 99 KiB."""
+    return min(block, 64 if size <= 64 else 32 if size <= 128 else 16) if dtype == torch.float32 else block
 
 
 def launch_hopper(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> Tensor:
