@@ -41,6 +41,7 @@ class Packing:
     narrow: bool = False  # modulations have the dtype of what they modulate, else they are float32
     always: bool = False  # norms and GELU are rounded whatever the plan of the attention is
     all_turn: bool = False  # tokens without a place turn too
+    wide: bool = False  # norms of heads, and their biases, are float32
 
 
 def pieces(needs: Needs, hidden: int, packing: Packing, device: torch.device) -> Iterator[Piece]:
@@ -91,8 +92,9 @@ def _turn(size: int, packing: Packing, needs: Needs, device: torch.device) -> No
     turning, first = (layout.tokens, 0) if packing.all_turn else (layout.tokens - layout.text, layout.first)
     angles = 6 * torch.rand(turning, size // 2, device=device)
     wide = HEADS * size if packing.together else size
-    norm, others = ((torch.rand(wide, **kind) + 0.5, torch.rand(wide, **kind) + 0.5) for _ in range(2))
-    bias = (torch.randn(size, **kind), torch.randn(size, **kind)) if packing.bias else None
+    of_norms: dict[str, Any] = kind | {"dtype": torch.float32} if packing.wide else kind
+    norm, others = ((torch.rand(wide, **of_norms) + 0.5, torch.rand(wide, **of_norms) + 0.5) for _ in range(2))
+    bias = (torch.randn(size, **of_norms), torch.randn(size, **of_norms)) if packing.bias else None
     rope = (once(angles.cos(), q), once(angles.sin(), q))
     for its in (None, others) if packing.others else (None,):
         pack = partial(pack_heads, norm=norm, others=its, rope=rope, first=first, bias=bias)

@@ -37,7 +37,7 @@ from models.scene_metrics import abs_rel, auc, pose_errors, relative_poses
 from models.vggt_blocks import Planned, pack_blocks
 from models.vggt_graph import LaunchedAggregator, launch_heads
 from models.vggt_images import Placement
-from models.vggt_maps import pass_maps, tried
+from models.vggt_maps import pass_maps, tried, tried_last
 from models.vggt_net import VGGT, Attend, Block, Prediction, VGGTConfig, dense, narrow_dense
 from quant_runtime import artifact
 from quant_runtime.artifact import Manifest
@@ -62,7 +62,7 @@ CALIBRATION, JUDGING = ("train", 1), ("held-out", 1)
 VIEWS = (4, 8, 6)  # of the first sample, the second, the third, and so on round
 VIEWS_AT_ONCE = 4  # in the dense heads: it bounds memory, and a run can be stopped between any two
 POSE = 9  # numbers of a pose encoding
-PACKING = Packing(bias=True, exact=True, always=True, all_turn=True)
+PACKING = Packing(bias=True, exact=True, always=True, all_turn=True, wide=True)
 
 
 def suits(plan: AttentionPlan) -> None:
@@ -315,8 +315,11 @@ class Vggt:
                 yield piece._replace(name=f"{piece.name}, inside of frames")
         yield from packed_pieces.pieces(needs, config.embed_dim, PACKING, torch.device(device))
         if torch.device(device).type == "cuda":
-            width, maps = config.dpt_features, fast_float(device)
-            yield Piece(f"maps of {width} channels", partial(tried, width, maps, torch.device(device)))
+            kind, there = fast_float(device), torch.device(device)
+            for width in sorted({*config.dpt_channels, config.dpt_features, config.dpt_features // 2}):
+                yield Piece(f"maps of {width} channels", partial(tried, width, kind, there))
+            for outputs in (2, 4) if config.point_head else (2,):
+                yield Piece(f"{outputs} numbers a pixel", partial(tried_last, outputs, kind, there))
         for layer in distinct(needs.layers) if torch.device(device).type == "cpu" else ():
             widened = partial(_widen, layer, torch.device(device), needs.dtype)
             yield Piece(f"weights of {layer.inputs} inputs in floats", widened)

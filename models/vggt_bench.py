@@ -2,10 +2,11 @@
 
 The network has random weights: time and memory do not depend on what they are. Everything runs in one process on one
 GPU, the baseline first: our own network in bfloat16, dense heads too, four taps kept, its attention through cuDNN,
-eagerly and with its blocks compiled. Then its layers are quantized in place and its blocks packed, and the same views
-run once dense and once at each density. Of either side few views are launched as one. The camera head is float32, as it
-is served; there is no point head, as none is served. `error` is relative, against the eager baseline's last tap, or its
-logarithm of depth: of random weights it shows that the same function is computed, not what a scene loses.
+eagerly and with its blocks compiled. Then its layers are quantized in place, its blocks packed and its dense heads run
+by passes, and the same views run once dense and once at each density. Of either side few views are launched as one,
+heads too. The camera head is float32, as it is served; there is no point head, as none is served. `error` is relative,
+against the eager baseline's last tap, or its logarithm of depth: of random weights it shows that the same function is
+computed, not what a scene loses.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend
 from models import timing
 from models.vggt import VGGT_LIMITS, VIEWS_AT_ONCE, VggtModel, settle
 from models.vggt_blocks import pack_blocks
-from models.vggt_graph import LaunchedAggregator
+from models.vggt_graph import LaunchedAggregator, launch_heads
 from models.vggt_maps import pass_maps
 from models.vggt_net import VGGT, VGGTConfig, fill_constants
 from quant_runtime import report
@@ -58,6 +59,7 @@ def compile_blocks(made: VGGT, device: torch.device) -> Callable[[], None]:
     inside: Any = made.aggregator
     if device.type == "cuda":
         inside.forward = LaunchedAggregator(inside, tuple, compiled=True)
+        launch_heads(made, inside.forward)
     blocks = [*inside.patch_embed.blocks, *inside.frame_blocks, *inside.global_blocks]
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False)
@@ -66,6 +68,9 @@ def compile_blocks(made: VGGT, device: torch.device) -> Callable[[], None]:
         for block in blocks:
             block._compiled_call_impl = None
         inside.__dict__.pop("forward", None)
+        for part, name in ((made.camera_head, "rounds"), (made.depth_head, "mapped"), (made.point_head, "mapped")):
+            if part is not None:
+                part.__dict__.pop(name, None)
 
     return back
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.vggt_net import VGGT, DPTHead, ResidualUnit, places
+from models.vggt_net import LAST, VGGT, DPTHead, ResidualUnit, places
 from quant_runtime.kernels.map_pass import map_answer, map_pass
 
 
@@ -84,7 +84,7 @@ def pass_maps(network: VGGT) -> None:
 
 
 def tried(channels: int, dtype: torch.dtype, device: torch.device) -> None:
-    """For the self-test: the passes of a head of maps `channels` wide."""
+    """For the self-test: the passes over maps `channels` wide."""
     kind: dict[str, Any] = {"device": device, "dtype": dtype}
     small, size = (5, 9), (10, 19)
     tokens = torch.randn(2, 3 + small[0] * small[1], channels, **kind)
@@ -92,5 +92,12 @@ def tried(channels: int, dtype: torch.dtype, device: torch.device) -> None:
     x = map_pass(map_pass(x, bias=bias, places=placed(x, small, size)), bias=bias)
     side = map_pass(x, bias=bias, rectified=True)
     x = map_pass(map_pass(x, bias=bias, side=side, other=x, rectified=True), size, bias)
-    x = map_pass(map_pass(x, bias=bias, side=x), (23, 40), bias, placed(x, (23, 40), (23, 40)))
-    map_answer(x, bias, torch.randn(2, channels, device=device), torch.randn(2, device=device))
+    map_pass(map_pass(x, bias=bias, side=x), (23, 40), bias, placed(x, (23, 40), (23, 40)))
+
+
+def tried_last(outputs: int, dtype: torch.dtype, device: torch.device) -> None:
+    """For the self-test: how a head of so many outputs ends."""
+    kind: dict[str, Any] = {"device": device, "dtype": dtype}
+    x = torch.randn(2, LAST, 23, 40, **kind).contiguous(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(*shape, device=device) for shape in ((outputs, LAST), (outputs,)))
+    map_answer(x, torch.randn(LAST, **kind), weight, bias)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from quant_runtime.sparsity.base import TokenLayout
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DINOv2 was trained
+LAST = 32  # channels of a dense head in front of its last product
 ROPE_BASE = 100.0
 CAMERA_ITERATIONS = 4
 
@@ -389,7 +390,9 @@ class Scratch(nn.Module):
             setattr(self, f"layer{index}_rn", nn.Conv2d(count, features, 3, padding=1, bias=False))
             setattr(self, f"refinenet{index}", Fusion(features, two_inputs=index < 4))
         self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
-        self.output_conv2 = nn.Sequential(nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, out, 1))
+        self.output_conv2 = nn.Sequential(
+            nn.Conv2d(features // 2, LAST, 3, padding=1), nn.ReLU(), nn.Conv2d(LAST, out, 1)
+        )
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         sides = [getattr(self, f"layer{index}_rn")(x) for index, x in enumerate(maps, start=1)]

@@ -185,8 +185,10 @@ class QuantLinear(nn.Module):
     def hold_floats(self) -> None:
         """From now on scale and factor are held as kernels take them, 4 bytes each, besides as they are stored.
 
-        Of a layer that lies where it runs and stays as it is: else each product widens them, in a launch each.
+        Of a layer that lies where it runs and stays as it is: else each product widens them, in a launch each. Whoever
+        loads another state holds them anew.
         """
+        self.held_scale = self.held_factor = None  # what was held before
         scale, factor = self._scale(), self.factor()
         self.held_scale = scale.view(torch.int32)
         self.held_factor = None if factor is None else factor.view(torch.int32)

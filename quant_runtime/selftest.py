@@ -24,7 +24,7 @@ from torch import Tensor
 from quant_runtime.artifact import Manifest
 from quant_runtime.attention import PACKED_BLOCK, AttentionPlan, AttentionState, attend
 from quant_runtime.compiles import Compile, recorded
-from quant_runtime.kernels import _triton, hadamard_quantize, hadamard_quantize_sm90
+from quant_runtime.kernels import _cuda, _triton, attention_fp8_sm90, hadamard_quantize, hadamard_quantize_sm90
 from quant_runtime.kernels._fp8 import E4M3
 from quant_runtime.kernels._versions import OPS, Op, Version, examined
 from quant_runtime.kernels.attention_blocks import key_mask
@@ -38,6 +38,7 @@ ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-8}  
 VALUES_ROUNDED = 2**-7  # 16-bit values: the probabilities, the sums and the answer are each rounded
 SCORES_ROUNDED = 1e-5  # of float32: scores are some hundreds here, and a weight is off as its score is, not relatively
 ATTENDED = {torch.float32: SCORES_ROUNDED, torch.float16: VALUES_ROUNDED, torch.bfloat16: VALUES_ROUNDED}
+SUMS_ROUNDED = 2**-4  # of weights in e4m3: where one key has them all, a sum is as far off as it is
 P_ROUNDED = 0.04  # attention_fp8 on a GPU: e4m3 has 3 bits behind the first, and random values add few up
 FLIPS = 2e-3  # of whole numbers may fall to the other side of a half: a GPU fuses products and sums
 SHORT_SUMS = 2**-10, 0.05  # of scales, and of whole numbers: a GPU turns sums of 16-bit numbers in 11 bits
@@ -58,8 +59,7 @@ HEADS = 2
 NEIGHBOURS = 60  # tokens that are alike
 MOVES = 0.3  # how far values go in a step, beside their size: what is lost changes by more than rounding does
 STRAYS = 0.01  # and what keys and values do besides, each by itself
-BATCH = 2  # on a GPU, where the attention is large
-MANY_BLOCKS = 9  # at least, that a row keeps there: more than a kernel has in flight
+MANY_BLOCKS = 9  # at least, that a row keeps where the attention is large: more than a kernel has in flight
 TIMES = 2  # that an op is tested on inputs of one kind: of even rows and of uneven ones; at later steps it just runs
 SEED = 0  # the same inputs every time: a machine that passes passes again
 
@@ -410,7 +410,7 @@ def _fp8(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
 def _with_mass(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
     """Attention, and the logarithm of what its weights sum to: of the sum itself, where there is one."""
     share = torch.where(want[1] == got[1], 1.0, (got[1] - want[1]).exp())  # of none both are -inf
-    return _worst(_fp8(args, got[:1], want[:1]), Error(float((share - 1).abs().max()), P_ROUNDED))
+    return _worst(_fp8(args, got[:1], want[:1]), Error(float((share - 1).abs().max()), SUMS_ROUNDED))
 
 
 def _multiplied_fp8(args: tuple[Any, ...], got: Answers, want: Answers) -> Error:
@@ -552,9 +552,15 @@ def pieces(needs: Needs, device: torch.device | str) -> Iterator[Piece]:
     device = torch.device(device)
     for layer in distinct(needs.layers):
         yield Piece(_named(layer), partial(_multiply, layer, needs.dtype, device))
-    tried = [small(needs), *(large(needs, _triton.processors(device)) if device.type == "cuda" else ())]
     for size in sorted(set(needs.head_sizes)):
+        tried = [small(needs), *(large(needs, _at_once(size, device)) if device.type == "cuda" else ())]
         yield Piece(f"attention of heads of {size}", partial(_attend, tried, needs.dtype, size, device))
+
+
+def _at_once(size: int, device: torch.device) -> int:
+    """How many tiles of attention a GPU has under way, at least."""
+    own = attention_fp8_sm90.PROGRAMS.get(size, 1) if _cuda.is_hopper(device) else 1
+    return own * _triton.processors(device)
 
 
 def layers_of(manifest: Manifest) -> list[Layer]:
@@ -672,16 +678,17 @@ def small(needs: Needs) -> Tried:
     return Tried(plan, needs.layout)
 
 
-def large(needs: Needs, processors: int) -> list[Tried]:
-    """More tiles than processors, each over MANY_BLOCKS key blocks or more: over half of them, and over all of them."""
+def large(needs: Needs, at_once: int) -> list[Tried]:
+    """More tiles than run at once, each over MANY_BLOCKS key blocks or more: over half of all, and over all of them."""
     plan, layout = small(needs)[:2]
-    rows = max(processors // (BATCH * HEADS) + 1, 2 * MANY_BLOCKS)
+    rows = 2 * MANY_BLOCKS
+    batch = at_once // (HEADS * rows) + 1
     layout = replace(layout, frames=-(-rows * PACKED_BLOCK // layout.frame_tokens))
     if isinstance(plan.policy, Dense):
-        return [Tried(plan, layout, BATCH)] if plan.dense_qk_bits == 8 else []
+        return [Tried(plan, layout, batch)] if plan.dense_qk_bits == 8 else []
     plan = replace(plan, warmup=0.0, dense_layers=())
     half, every = replace(plan, policy=Nth(plan.policy, 2)), replace(plan, policy=Nth(plan.policy, 1), residual=None)
-    return [Tried(one, layout, BATCH) for one in (half, every)]
+    return [Tried(one, layout, batch) for one in (half, every)]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ ascending. It answers in one pass what is lost by keeping only the first: (dense
 dense - sparse, formed in float32 and zeros where nothing is left out.
 
 attention_fp8_lse answers (out, lse), lse float32 [B, H, N] by tokens: the logarithm of the sum of exp(scores) over the
-kept keys, -inf of none, by which answers over keys in several places become one (`merged`). pack_heads takes a centre
+kept keys, by hand of these in e4m3 as they weight the values, -inf of none, by which answers over keys in several
+places become one (`merged`). pack_heads takes a centre
 away from keys: scores of parts that are to be merged are of keys without the same centre.
 
 pack_heads makes the operands. scores = softmax_scale * q @ k.T, exact sums times both scales; softmax over the kept

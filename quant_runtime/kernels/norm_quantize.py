@@ -4,7 +4,7 @@ x             float [B, N, K]; with y [B, N, K] and gate, x + gate * y stands in
 shift, scale, gate  float [B, K]; or [B, 2, K]: [:, 0] is of the `first` tokens in front, [:, 1] of those behind them
 h             norm(x) * (1 + scale) + shift, a layer norm without weights of its own
 q  int8 or float8_e4m3fn [B * N, K], row_scale  float32 [B * N]: h, times factor float32 [K] or None, rounded to
-              `dtype` as quantize_rows rounds
+              `dtype` as quantize_rows rounds, but that a GPU may fuse the product before it
 x'            x, or x + gate * y in x's dtype, which is what is normalized then
 
 norm_modulate answers h in x's dtype instead, for layers that rotate their input. All in float32.

@@ -19,7 +19,7 @@ q_alike, k_alike  float32 [B, H, P / block]: how alike a block's tokens are, for
 
 P is N up to the next multiple of block; k and v are zero beyond N. Any centre leaves the attention as it is (softmax
 ignores what all scores of a row have in common): here it is the mean of some 1024 keys, evenly spread, in shorter heads
-of every eighth, or of as many as 128 where that is more. It takes the keys' outlier channels away as the mean of all
+of every eighth, or of 65 to 128 where that is more. It takes the keys' outlier channels away as the mean of all
 would (SageAttention, arXiv:2410.02367) and costs no pass over them. All in float32. A NaN or an infinity gets a scale,
 or a value, that is not finite, so that it shows in the answer.
 
@@ -46,7 +46,7 @@ HOPPER = "CUDA for sm_90a, Triton for float32 and other heads"
 BLOCKS = (64, 128)
 TOP = 127
 SAMPLES = 1024  # keys that the centre is the mean of, at most
-FEW = 128  # the same of a short head: a piece of work, and the mean is known to a tenth of the keys' spread
+FEW = 128  # the same of a short head: a piece of work, and the mean is known to an eighth of the keys' spread
 
 Pair = tuple[Tensor, Tensor]
 

@@ -72,16 +72,20 @@ def test_heads_behind_few_views_are_launched_as_one_from_their_third_call_on(mad
     camera, dense = made.by_graph.heads
     told = []
     for number in range(3):
-        images = scene(4, device)
+        images = scene(5, device)  # of chunks of two the last is of another size, and so of another recording
         with torch.inference_mode():
             made.attention.start(1)
             made.inside_frames.start(1)
-            want = [camera.function(tap[:, :, 0]) for tap in made.by_graph.plain(images)[-1:]]
+            taps_of = made.by_graph.plain(images)
+            want = [camera.function(tap[:, :, 0]) for tap in taps_of[-1:]]
+            maps = [dense.function([t[0, i : i + 2] for t in taps_of], (42, 56), 14) for i in range(0, 5, 2)]
             got = made.net(images, chunk=2, on_step=lambda *step: told.append((step, dense.launched)))
         assert relative_error(got.pose_iterations, want[0]) < FLOAT32
+        assert relative_error(got.depth[0], torch.cat(maps)[:, 0].exp()) < FLOAT32
         assert camera.launched == (number > 1)
-        assert dense.launched == (number > 0), "a chunk is as another"
-    steps = made.net.config.depth + 4
+        chunks = [launched for _, launched in told[-3:]]
+        assert chunks == [number > 0, number > 0, number > 1], "two of a scene's chunks are alike, and one is not"
+    steps = made.net.config.depth + 5
     assert [step for step, _ in told] == 3 * [(done, steps) for done in range(1, steps + 1)], "and told of one by one"
 
 

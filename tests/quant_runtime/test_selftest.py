@@ -323,7 +323,7 @@ def test_one_row_that_does_not_hold_its_mass_is_found(wrong, broken, device):
         AttentionPlan(dense_qk_bits=8, pv_bits=8),
     ],
 )
-def test_what_a_gpu_is_given_besides_has_more_tiles_than_processors_and_passes(plan, device, monkeypatch):
+def test_what_a_gpu_is_given_besides_has_more_tiles_than_run_at_once_and_passes(plan, device, monkeypatch):
     monkeypatch.setattr(selftest, "STEPS", 2)  # a refresh, where there is one, and what follows
     needs, kept = replace(NEEDS, plan=plan, head_sizes=(32,)), []
     tried = selftest.large(needs, 72)

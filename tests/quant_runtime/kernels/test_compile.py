@@ -100,7 +100,8 @@ def launches() -> Iterator[Callable[[], object]]:
     yield lambda: attention_blocks.launch(whole, whole, head, kept, counts, 64, 64, tokens, tokens, 0.1)
     few = kept[:, :, :2], counts[:, :, :2], 128, 128, None, None, 0.1
     for size in (64, 128, 256):  # float32 takes the most memory; its blocks are larger than what goes at a time
-        yield lambda x=torch.zeros(1, 2, 200, size): attention_blocks.launch(x, x, x, *few)
+        real = torch.zeros(1, 2, 200, size)
+        yield lambda x=real: attention_blocks.launch(x, x, x, *few)
 
     modulation = torch.ones(1, 4, 256, dtype=torch.bfloat16).unbind(1)
     yield lambda: norm_quantize.launch(rows[None], *modulation[:2], rows[None], modulation[2], 1e-6, 8, factor, 0)

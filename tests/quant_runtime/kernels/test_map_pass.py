@@ -6,6 +6,7 @@ from quant_runtime.kernels import map_pass as op
 from tests.quant_runtime.kernels.inputs import FP32_ROUNDING, TRITON_DTYPES
 from tests.support import relative_error
 
+PLACED = 1e-5  # float32 maps resized: where a pixel comes from is told in float32, of hundreds, and a GPU fuses it
 ROUNDING = {torch.float32: FP32_ROUNDING, torch.float16: 2**-10, torch.bfloat16: 2**-8}  # of the answer's dtype
 triton_only = pytest.mark.skipif(op.triton is None, reason="Triton is not installed")
 
@@ -62,7 +63,7 @@ def test_triton_agrees_with_the_reference(shape, size, dtype, device):
         got, want = op.launch(x, *size, *operands), op.reference(x, *size, *operands)
         assert got.dtype == dtype
         assert got.is_contiguous(memory_format=torch.channels_last)
-        assert relative_error(got, want) < ROUNDING[dtype]
+        assert relative_error(got, want) < (PLACED if dtype == torch.float32 and size != shape[2:] else ROUNDING[dtype])
 
 
 @triton_only

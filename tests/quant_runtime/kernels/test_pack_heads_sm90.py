@@ -16,6 +16,7 @@ SHAPES = [  # batch, heads, tokens, size, block, tokens that turn, first of them
     (2, 3, 1300, 128, 128, 1100, 50),
     (1, 1, 3, 128, 128, 3, 0),
     (1, 2, 5000, 128, 128, 0, 0),
+    (1, 2, 5000, 64, 128, 4900, 20),
 ]
 
 
