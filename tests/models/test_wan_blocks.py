@@ -14,7 +14,7 @@ from quant_runtime.sparsity.topk import TopK
 from tests.support import relative_error
 
 SAME = {
-    "rtn": 1e-4,  # on a GPU 5e-5 has been seen: one entry on the other side of a half
+    "rtn": 2e-3,  # of seeds a third have an entry on the other side of a half, 1e-3 at most; the others are at 1e-7
     "quarot": 5e-3,  # of a rotated layer's input an entry falls there here and there
 }
 PLANS = [AttentionPlan(dense_qk_bits=8, pv_bits=8), AttentionPlan(TopK(0.5), pv_bits=8)]

@@ -34,7 +34,7 @@ def test_a_kernel_is_compiled_once_and_then_lies_in_the_cache_on_the_disk(tmp_pa
 
 
 def main() -> None:
-    record_kernels(quantize_rows)
+    record_kernels(quantize_rows, "Hopper")
     with recorded() as seen:
         quantize_rows.launch(torch.zeros(3, 64), 8, None)
     record = [(one.kernel, one.cached, one.seconds) for one in seen]
