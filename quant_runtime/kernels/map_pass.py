@@ -273,17 +273,7 @@ def launch_answer(x: Tensor, bias: Tensor | None, weight: Tensor, last: Tensor) 
     return y
 
 
-def _fake(
-    x: Tensor,
-    height: int,
-    width: int,
-    bias: Tensor | None,
-    across: Tensor | None,
-    down: Tensor | None,
-    side: Tensor | None,
-    other: Tensor | None,
-    rectified: bool,
-) -> Tensor:
+def _fake(x: Tensor, height: int, width: int, *others: object) -> Tensor:
     shape = (*x.shape[:2], height, width)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 

@@ -8,7 +8,7 @@ import torch
 from models.vggt_maps import pass_maps, tried, tried_last
 from models.vggt_net import VGGT, places
 from quant_runtime.kernels._versions import examined
-from tests.models.test_vggt_net import FLOAT32, SMALL, outputs
+from tests.models.test_vggt_net import FLOAT32, SMALL, loud, outputs
 from tests.support import relative_error
 
 BFLOAT16 = 0.01  # maps go through some 20 convolutions, each of an answer that was rounded once or twice; found: 0.006
@@ -17,12 +17,7 @@ SEEDS = 6  # over which fewer roundings show
 
 @pytest.fixture
 def net():
-    """None of its parts is silent: no zero bias."""
-    built = VGGT(SMALL).eval()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return built
+    return loud()
 
 
 @pytest.mark.parametrize("size", [(56, 56), (28, 42), (42, 14)])

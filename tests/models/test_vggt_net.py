@@ -31,6 +31,10 @@ FLOAT32 = 2e-5
 
 @pytest.fixture
 def net():
+    return loud()
+
+
+def loud():
     """A small network none of whose parts is silent: no zero token, no zero bias."""
     built = VGGT(SMALL).eval()
     with torch.no_grad():
