@@ -17,6 +17,8 @@ All in float32, rounded once. NaN stays NaN.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -179,17 +181,8 @@ def _map_pass(
     tl.store(y + to, real.to(y.dtype.element_ty), mask=there)
 
 
-def launch(
-    x: Tensor,
-    height: int,
-    width: int,
-    bias: Tensor | None,
-    across: Tensor | None,
-    down: Tensor | None,
-    side: Tensor | None,
-    other: Tensor | None,
-    rectified: bool,
-) -> Tensor:
+def launch(x: Tensor, height: int, width: int, *others: Any) -> Tensor:
+    bias, across, down, side, other, rectified = others
     n, channels, h, w = x.shape
     dense = (1, w * channels, channels)  # of channel, row and pixel; maps may lie apart
     x = x if x.stride()[1:] == dense else _last(x)

@@ -13,10 +13,9 @@ from quant_runtime.sparsity.base import TokenLayout
 from quant_runtime.sparsity.topk import TopK
 from tests.support import relative_error
 
-SAME = {
-    "rtn": 2e-3,  # of seeds a third have an entry on the other side of a half, 1e-3 at most; the others are at 1e-7
-    "quarot": 5e-3,  # of a rotated layer's input an entry falls there here and there
-}
+SAME = 1e-6
+FLIPPED = 2e-3  # where an entry falls to the other side of a half: of some draws one does, and 1e-3 is the most seen
+DRAWS = 4
 PLANS = [AttentionPlan(dense_qk_bits=8, pv_bits=8), AttentionPlan(TopK(0.5), pv_bits=8)]
 
 
@@ -73,17 +72,21 @@ def packed(method="rtn", picture=False):
 @pytest.mark.parametrize("method", ["rtn", "quarot"])
 @pytest.mark.parametrize("picture", [False, True])
 def test_packed_blocks_answer_what_diffusers_blocks_answer(method, picture):
-    given = inputs(picture)
+    draws = [inputs(picture) for _ in range(DRAWS)]
     for plan in PLANS:
-        got, want = run(packed(method, picture), plan, given), run(network(method, picture), plan, given)
-        assert relative_error(got, want) < SAME[method]
+        errors = []
+        for given in draws:
+            got, want = run(packed(method, picture), plan, given), run(network(method, picture), plan, given)
+            errors.append(relative_error(got, want))
+        assert min(errors) < SAME
+        assert max(errors) < FLIPPED
 
 
 def test_a_plan_with_16_bit_values_runs_diffusers_blocks_and_so_does_a_time_for_every_token():
     plan, given = AttentionPlan(), inputs()
     assert relative_error(run(packed(), plan, given), run(network(), plan, given)) < 1e-5
     given["timestep"] = torch.tensor([500, 300])[:, None].expand(2, 2 * 8 * 9)
-    assert relative_error(run(packed(), PLANS[0], given), run(network(), PLANS[0], given)) < SAME["rtn"]
+    assert relative_error(run(packed(), PLANS[0], given), run(network(), PLANS[0], given)) < SAME
 
 
 def test_a_block_behind_one_of_16_bits_is_handed_the_whole_sum():

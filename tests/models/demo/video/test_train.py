@@ -26,10 +26,10 @@ def test_the_autoencoder_is_saved_with_its_latents_mean_and_spread(autoencoder):
     assert min(vae.config.latents_std) > 0
 
 
-def test_the_transformers_loss_falls_by_a_quarter(autoencoder, tmp_path):
-    """To 0.34 to 0.60 of what it was, as has been seen: its schedule goes by the clock, and no two runs are alike."""
-    logged = train_dit.train(train_dit.TINY, autoencoder[0], seconds=200, out=tmp_path, device="cpu", steps=60)
-    assert logged[-1] < 0.75 * logged[0]
+def test_the_transformers_loss_falls_by_half(autoencoder, tmp_path):
+    """In 120 steps, to 0.32 to 0.44: the rate rises by the clock, and in 60 a fast machine has hardly begun."""
+    logged = train_dit.train(train_dit.TINY, autoencoder[0], seconds=200, out=tmp_path, device="cpu", steps=120)
+    assert logged[-1] < 0.5 * logged[0]
     assert {p.name for p in tmp_path.glob("*.safetensors")} >= {"text_encoder.safetensors", "transformer-0.safetensors"}
 
 
