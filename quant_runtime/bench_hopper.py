@@ -2,8 +2,8 @@
 
 119,056 tokens: 118,800 of video and 256 of text; 24 heads of 128, inner size 3072. `attention_vggt` and
 `attention_cogvideox` have heads of 64, as many and as long as those of VGGT with 100 views and of CogVideoX-5B;
-`attention_bfloat16` and `attention_bfloat16_vggt` are the same attentions in 16 bits throughout. `fused_vggt` has the
-passes over memory of VGGT with 20 views of 336 x 518.
+`attention_bfloat16` and `attention_bfloat16_vggt` are the same attentions in 16 bits throughout; `attention_refresh` is
+what a refresh asks for. `fused_vggt` has the passes over memory of VGGT with 20 views of 336 x 518.
 
 Rows as in quant_runtime/report.py, written to docs/results/NAME-cuda.jsonl. Rates are of the operations, or bytes, that
 the op has to do, whatever it does; medians of CUDA events on random inputs. `error` is relative, against float64 on
@@ -32,7 +32,7 @@ from quant_runtime.kernels import block_map
 from quant_runtime.kernels._fp8 import E4M3
 from quant_runtime.kernels._triton import triton
 from quant_runtime.kernels.attention_blocks import attention_blocks
-from quant_runtime.kernels.attention_fp8 import attention_fp8
+from quant_runtime.kernels.attention_fp8 import attention_fp8, attention_fp8_refresh, refresh_launch
 from quant_runtime.kernels.blocks_by_mass import blocks_by_mass
 from quant_runtime.kernels.gelu_quantize import gelu_quantize
 from quant_runtime.kernels.hadamard_quantize import hadamard_quantize
@@ -42,6 +42,7 @@ from quant_runtime.kernels.norm_quantize import norm_quantize
 from quant_runtime.kernels.pack_heads import pack_heads
 from quant_runtime.kernels.quantize_rows import quantize_rows
 from quant_runtime.kernels.unpack import unpack
+from quant_runtime.sparsity.base import Blocks
 
 TEXT = 256
 TOKENS = 118_800 + TEXT
@@ -178,6 +179,41 @@ def attention_bfloat16(device: torch.device, rounds: int, of: Shape = HUNYUAN) -
         sparse = timed(partial(attend, qkv, lists), rounds)
         beside = ("bfloat16 FlexAttention", work / median(flex) / 1e9)
         yield rate(f"density {density}, bfloat16", work, sparse, rounds, beside, errors(lists, lists))
+
+
+def attention_refresh(device: torch.device, rounds: int, of: Shape = HUNYUAN, density: float = 0.15) -> Rows:
+    """Dense attention and what few blocks lack of it: in one pass, by what runs and by Triton, and by two calls.
+
+    "sparse" is the error of dense - lost.
+    """
+    few, keys = max(3, rounds // 8), -(-of.tokens // BLOCK)
+    qkv, error = torch.randn(1, of.tokens, 3 * of.heads * of.size, device=device, dtype=torch.bfloat16), {}
+
+    def packed(qkv: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        p = pack_heads(*heads_of(qkv, of), BLOCK)
+        return (p.q, p.k, p.v, p.q_scale, p.k_scale, p.v_scale), chosen_lists(p.q_means, p.k_means, density, of)
+
+    def once(version: Callable[..., tuple[Tensor, Tensor]], qkv: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        its, (kept, counts) = packed(qkv)
+        listed = Blocks(kept, counts, BLOCK, BLOCK, keys).all_listed()
+        return partial(version, *its, listed, counts, of.tokens, BLOCK, BLOCK, torch.bfloat16, of.size**-0.5)
+
+    for name, given in (("random", qkv), ("outliers", outliers(qkv))):
+        dense, lost = once(attention_fp8_refresh, given)()
+        error[f"{name}, dense"] = short(attention_error(dense, given, of))
+        error[f"{name}, sparse"] = short(attention_error(dense.float() - lost.float(), given, of, packed(given)[1]))
+        del dense, lost, given
+    its, some = packed(qkv)
+    every = every_list(of, device)
+    alone = timed(partial(attention_fp8, *its, *every, of.tokens), few)
+    yield milliseconds("dense alone", alone, few)
+    two = timed(lambda: [attention_fp8(*its, *lists, of.tokens) for lists in (every, some)], few)
+    yield milliseconds(f"dense, then density {density}", two, few)
+    beside = ("one after the other", median(two))
+    plain = timed(once(refresh_launch, qkv), few)
+    yield milliseconds(f"dense and density {density} in one pass, Triton", plain, few, beside)
+    ours = timed(once(attention_fp8_refresh, qkv), few)
+    yield milliseconds(f"dense and density {density} in one pass", ours, few, beside, error)
 
 
 def every_list(of: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -345,7 +381,7 @@ def attention_error(got: Tensor, qkv: Tensor, of: Shape, lists: tuple[Tensor, Te
     return math.sqrt(apart / size)
 
 
-def timed(call: Callable[[], Tensor], rounds: int) -> list[float]:
+def timed(call: Callable[[], object], rounds: int) -> list[float]:
     """Milliseconds of `rounds` calls, after two that warm up.
 
     The GPU gets them all at once, behind a pause: else it would wait for the CPU between two short ones, and the time
@@ -384,6 +420,15 @@ def rate(
                       error=error)  # fmt: skip
 
 
+def milliseconds(
+    case: str, times: list[float], rounds: int, baseline: tuple[str, float] | None = None, error: Any = None
+) -> dict[str, Any]:
+    ordered = sorted(times)
+    found = ordered[len(ordered) * 3 // 4] - ordered[len(ordered) // 4]
+    return report.row(case, "time", median(times), "ms", "lower", samples=rounds, baseline=baseline, spread=found,
+                      error=error)  # fmt: skip
+
+
 def relative(got: Tensor, want: Tensor) -> float:
     apart, size = torch.linalg.vector_norm(got.double() - want), torch.linalg.vector_norm(want)
     return float(apart / size)
@@ -400,6 +445,7 @@ BENCHES: dict[str, Callable[[torch.device, int], Rows]] = {
     "attention_cogvideox": partial(attention, of=COGVIDEOX),
     "attention_bfloat16": attention_bfloat16,
     "attention_bfloat16_vggt": partial(attention_bfloat16, of=VGGT),
+    "attention_refresh": attention_refresh,
     "fused": fused,
     "fused_vggt": fused_vggt,
     "blockmap": blockmap,

@@ -25,11 +25,10 @@ pack_heads makes the operands. scores = softmax_scale * q @ k.T, exact sums time
 keys in float32; P in e4m3, as 256 times itself; sums over a block of keys in the matrix unit, over blocks in float32. D
 is a multiple of 32 up to 128, block_q is 64 or 128, block_k is 32, 64 or 128.
 
-On a Hopper, heads of 64 and 128 in blocks of 128 run by attention_fp8_sm90, which is written by hand; all else, and
-attention_fp8_refresh, by Triton. What makes that fast there: keys and values come through the copy engine; V lies
-transposed, since FP8 wants its second operand so; its keys lie in the order in which the first product leaves its
-columns in registers, so that P is used where it is; and sums start at the bits of 1.5 * 2**23, so that they are floats
-without being converted.
+On a Hopper, heads of 64 and 128 in blocks of 128 run by attention_fp8_sm90, which is written by hand; all else by
+Triton. What makes that fast there: keys and values come through the copy engine; V lies transposed, since FP8 wants its
+second operand so; its keys lie in the order in which the first product leaves its columns in registers, so that P is
+used where it is; and sums start at the bits of 1.5 * 2**23, so that they are floats without being converted.
 """
 
 from __future__ import annotations
@@ -571,7 +570,15 @@ def lse_launch_hopper(*given: Any) -> tuple[Tensor, Tensor]:
     if not attention_fp8_sm90.takes(its.q, its.block_q, its.block_k):
         return lse_launch(*given)
     lse = _sums(its.q)
-    return attention_fp8_sm90.launch(*its[:9], its.out_dtype, its.softmax_scale, None, None, tokens, lse), lse
+    return attention_fp8_sm90.launch(*its[:9], its.out_dtype, its.softmax_scale, None, None, tokens, lse=lse), lse
+
+
+def refresh_launch_hopper(*given: Any) -> tuple[Tensor, Tensor]:
+    its, _, _, tokens = _told(given, residual=False)
+    if not attention_fp8_sm90.takes(its.q, its.block_q, its.block_k):
+        return refresh_launch(*given)
+    lost = _answer(its.q, its.out_dtype)
+    return attention_fp8_sm90.launch(*its[:9], its.out_dtype, its.softmax_scale, None, None, tokens, lost=lost), lost
 
 
 def refresh_launch(*given: Any) -> tuple[Tensor, Tensor]:
@@ -675,7 +682,8 @@ _refresh_op = Op(
     refresh_reference,
     _fake_refresh,
     cpu={product_name: refresh_on_cpu},
-    cuda={"Triton": refresh_launch},
+    cuda={HOPPER: refresh_launch_hopper, "Triton": refresh_launch},
+    on={HOPPER: _cuda.is_hopper},
     plain=refresh_in_parts,
 )
 _lse_op = Op(

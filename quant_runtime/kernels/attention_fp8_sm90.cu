@@ -16,6 +16,9 @@
 // to. V has eight rows more, of which the first is ones, so that the sum of the weights is one more channel.
 // The largest score is not followed exactly: weights are relative to the largest at the time it was last looked up, and
 // may be 2**SLACK times as large as one. Up to that nothing is scaled again, and no thread asks another.
+//
+// REFRESH goes on to the blocks that are not kept, which stand behind the others in a list. What the kept ones answer
+// waits in the two answers' own memory, as two 16-bit halves of itself, where each thread finds its own.
 
 #include "sm90.cuh"
 
@@ -88,6 +91,16 @@ __device__ __forceinline__ u32 two_halves(float a, float b) {
   return r;
 }
 
+// Two neighbours in bfloat16, or in float16.
+template <bool BFLOAT16> __device__ __forceinline__ float2 two_floats(u32 x) {
+  if constexpr (BFLOAT16) return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xFFFF0000));
+  float2 r;
+  asm("{.reg .b16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi;}"
+      : "=f"(r.x), "=f"(r.y)
+      : "r"(x));
+  return r;
+}
+
 // Two neighbours of the residual at `i`, an even place; `scale` is of int8 alone.
 __device__ __forceinline__ float2 two_residuals(const void *residual, i64 i, float scale) {
 #if RESIDUAL == 1
@@ -95,18 +108,32 @@ __device__ __forceinline__ float2 two_residuals(const void *residual, i64 i, flo
   return make_float2(x.x * scale, x.y * scale);
 #elif RESIDUAL == 2
   return *(const float2 *)((const float *)residual + i);
-#elif RESIDUAL == 3
-  const u32 x = *(const u32 *)((const unsigned short *)residual + i);
-  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xFFFF0000));
-#elif RESIDUAL == 4
-  const u32 x = *(const u32 *)((const unsigned short *)residual + i);
-  float2 r;
-  asm("{.reg .b16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16 %0, lo; cvt.f32.f16 %1, hi;}"
-      : "=f"(r.x), "=f"(r.y)
-      : "r"(x));
-  return r;
+#elif RESIDUAL > 2
+  return two_floats<RESIDUAL == 3>(*(const u32 *)((const unsigned short *)residual + i));
 #else
   return make_float2(0.0f, 0.0f);
+#endif
+}
+
+// Two neighbours of an answer that waits, at `i`, an even place of both answers' memory.
+__device__ __forceinline__ void leave(void *upper, void *lower, i64 i, float2 x) {
+#if OUT == 0
+  *(float2 *)((float *)upper + i) = x;
+#else
+  const u32 rounded = two_halves(x.x, x.y);
+  const float2 has = two_floats<OUT == 1>(rounded);
+  *(u32 *)((unsigned short *)upper + i) = rounded;
+  *(u32 *)((unsigned short *)lower + i) = two_halves(x.x - has.x, x.y - has.y);
+#endif
+}
+
+__device__ __forceinline__ float2 left_at(const void *upper, const void *lower, i64 i) {
+#if OUT == 0
+  return *(const float2 *)((const float *)upper + i);
+#else
+  const float2 x = two_floats<OUT == 1>(*(const u32 *)((const unsigned short *)upper + i));
+  const float2 y = two_floats<OUT == 1>(*(const u32 *)((const unsigned short *)lower + i));
+  return make_float2(x.x + y.x, x.y + y.y);
 #endif
 }
 
@@ -215,8 +242,8 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, PROGRAMS) atten
     const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,
     const __grid_constant__ TensorMap map_v, const float *q_scale, const float *k_scale, const float *v_scale,
     const int *kept, const int *counts, const int *tokens, const void *residual, const float *residual_scale, void *out,
-    float *lse, int *next, int H, int N, int M, int P, int rows, int tiles, float softmax_scale, i64 list_b, i64 list_h,
-    i64 list_r, i64 count_b, i64 count_h, i64 count_r, i64 token_b, i64 token_h) {
+    void *second, int *next, int H, int N, int M, int P, int rows, int tiles, float softmax_scale, i64 list_b,
+    i64 list_h, i64 list_r, i64 count_b, i64 count_h, i64 count_r, i64 token_b, i64 token_h) {
   extern __shared__ char raw[];
   const u32 base = (address_of(raw) + 1023) & ~1023;
   const u32 q_at = base, k_at = q_at + SLOTS * Q_BYTES, v_at = k_at + STAGES * K_BYTES;
@@ -254,10 +281,11 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, PROGRAMS) atten
         const int tile = atomicAdd(next, 1);
         const int head = tile / rows, row = rows - 1 - tile % rows;  // text lies last and has the longest lists
         const bool real = tile < tiles;
-        const int count = real ? counts[head / H * count_b + head % H * count_h + row * count_r] : 0;
+        const int kept_blocks = real ? counts[head / H * count_b + head % H * count_h + row * count_r] : 0;
+        const int count = REFRESH && real ? P / BLOCK : kept_blocks;  // a list goes on to the others
         wait(&sh.tile_empty[slot], slot_phase ^ 1);
         sh.tile[slot] = tile;
-        sh.count[slot] = count;
+        sh.count[slot] = kept_blocks;
         arrive(&sh.tile_full[slot]);
         slot ^= 1;
         slot_phase ^= slot == 0;
@@ -296,7 +324,7 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, PROGRAMS) atten
     for (;; tiles_seen++) {
       const int slot = tiles_seen & 1;
       wait(&sh.tile_full[slot], tiles_seen >> 1 & 1);
-      const int tile = sh.tile[slot], count = sh.count[slot];
+      const int tile = sh.tile[slot], kept_blocks = sh.count[slot];
       __syncwarp();
       if (lane == 0) arrive(&sh.tile_empty[slot]);
       if (tile >= tiles) break;
@@ -314,224 +342,258 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, PROGRAMS) atten
       const int q = tiles_seen & SLOTS - 1;
       wait(&sh.q_full[q], tiles_seen / SLOTS & 1);
 
-#if SIZE == 64
-      // By way of a shuffle the compiler knows it to be one in a warp, as descriptions are.
-      const u32 q_first = __shfl_sync(0xFFFFFFFF, (u32)q_part, 0) + q * (Q_BYTES >> 4);
-      const u32 k_first = (u32)described<D>(k_at), v_first = (u32)described<BLOCK>(v_at);
+      const int batch = head / H, h = head % H;
+      auto sum_of = [&](int r) { return __shfl_sync(0xFFFFFFFF, o[D / 2 + 2 * r], lane & ~3); };  // of a row's weights
+      auto token_of = [&](int n) {
+#if TOKENS
+        return n < N ? tokens[batch * token_b + h * token_h + n] : 0;
+#else
+        return n;
+#endif
+      };
+      auto place_of = [&](int token) { return (((i64)batch * N + token) * H + h) * D; };
+      auto answer = [&](int i, int d, float inverse) {  // of channels d and d + 1
+        const float2 of = *(const float2 *)(v_scale + (i64)head * D + d);
+        return make_float2(o[i] * inverse * of.x, o[i + 1] * inverse * of.y);
+      };
+
 #pragma unroll 1
-      for (int i = 0; i < count; i++) {
-        const u32 at = visited + i, stage = at % STAGES;
-        const u32 k_low = k_first + stage * (K_BYTES >> 4), v_low = v_first + stage * (V_BYTES >> 4);
-        wait(&sh.full[stage], at / STAGES & 1);
-        const int left = sh.keys[stage];
+      for (int part = 0; part <= REFRESH; part++) {
+        const int count = part == 0 ? kept_blocks : P / BLOCK - kept_blocks;
+#if SIZE == 64
+        // By way of a shuffle the compiler knows it to be one in a warp, as descriptions are.
+        const u32 q_first = __shfl_sync(0xFFFFFFFF, (u32)q_part, 0) + q * (Q_BYTES >> 4);
+        const u32 k_first = (u32)described<D>(k_at), v_first = (u32)described<BLOCK>(v_at);
+#pragma unroll 1
+        for (int i = 0; i < count; i++) {
+          const u32 at = visited + i, stage = at % STAGES;
+          const u32 k_low = k_first + stage * (K_BYTES >> 4), v_low = v_first + stage * (V_BYTES >> 4);
+          wait(&sh.full[stage], at / STAGES & 1);
+          const int left = sh.keys[stage];
 #pragma unroll
-        for (int r = 0; r < 2; r++) scale[r] = scale_of[r] * sh.scale[stage];
+          for (int r = 0; r < 2; r++) scale[r] = scale_of[r] * sh.scale[stage];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          forget(s);
+          for (int half = 0; half < 2; half++) {
+            forget(s);
+            fence();
+#pragma unroll
+            for (int k = 0; k < D / 32; k++)
+              scores(s, described_by<D>(q_first + 2 * k), described_by<D>(k_low + half * (K_BYTES / 2 >> 4) + 2 * k),
+                     k > 0);
+            commit();
+            wait_products<0>();
+            hold(s);
+            if (left < 64 * (half + 1)) hide(s, left - 64 * half, quad);
+            int top[2];
+            look(s, top);
+            float high[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) high[r] = (float)top[r] * scale[r];
+            if (__any_sync(0xFFFFFFFF, fmaxf(high[0] + less[0], high[1] + less[1]) > P_BITS + SLACK)) {
+#pragma unroll
+              for (int r = 0; r < 2; r++) {
+                high[r] = largest_of_four(high[r]);
+                if (half == 0) {
+                  const float lower = fminf(less[r], P_BITS - high[r]);
+                  fade[r] = exp2_of(lower - less[r]);
+                  less[r] = lower;
+                } else {  // the first half is in e4m3 already, and keeps its bits by whole steps: to 2**7.5 at most
+                  const float step = fminf(0.0f, rintf(P_BITS - high[r] - less[r]));
+                  fade[r] = exp2_of(step);
+                  less[r] += step;
+                  const u32 by = as_two_halves(fade[r]);
+#pragma unroll
+                  for (int c = r; c < 8; c += 2) p[c] = times(p[c], by);
+                }
+              }
+#pragma unroll
+              for (int at = 0; at < WIDE; at++) o[at] *= fade[at / 2 % 2];
+            }
+#pragma unroll
+            for (int c = 0; c < 8; c++) {  // rows g and g + 8 of keys 0-15, then of keys 16-31, and of the next 32
+              const int at = 8 * (c / 2) + 2 * (c % 2), r = c % 2;
+              auto weight = [&](int at) {
+                const float x = fmaf((float)s[at], scale[r], less[r]);
+                if (half == 1 && at % POLYNOMIAL == 0)  // beside the first half's weights, the second's scores are
+                  return exp2_by_polynomial(x);         // made in the registers that this takes
+                return exp2_of(x);
+              };
+              p[8 * half + c] = four_e4m3(weight(at), weight(at + 1), weight(at + 4), weight(at + 5));
+            }
+          }
+          if (left < BLOCK) drop(p, left, quad);
+          hold(p);
+          forget(t);
           fence();
 #pragma unroll
-          for (int k = 0; k < D / 32; k++)
-            scores(s, described_by<D>(q_first + 2 * k), described_by<D>(k_low + half * (K_BYTES / 2 >> 4) + 2 * k),
-                   k > 0);
+          for (int k = 0; k < BLOCK / 32; k++) weighted(t, p + 4 * k, described_by<BLOCK>(v_low + 2 * k), k > 0);
           commit();
           wait_products<0>();
-          hold(s);
-          if (left < 64 * (half + 1)) hide(s, left - 64 * half, quad);
+          hold(t);
+          __syncwarp();
+          if (lane == 0) arrive(&sh.empty[stage]);
+#pragma unroll
+          for (int at = 0; at < WIDE; at++) o[at] += t[at];
+        }
+        visited += count;
+        if (part == REFRESH && lane == 0) arrive(&sh.q_empty[q]);
+
+#else
+        bool grown;
+        auto ready = [&]() {  // the next block has come
+          wait(&sh.full[visited & STAGES - 1], visited / STAGES & 1);
+        };
+        float k_of;
+        int left;
+        auto ask = [&]() {  // its scores
+          const u64 k_part = described<D>(k_at + (visited & STAGES - 1) * K_BYTES);
+          hold_words(s);
+          fence();
+#pragma unroll
+          for (int k = 0; k < D / 32; k++) scores(s, q_part + 2 * k, k_part + 2 * k, k > 0);
+          commit();
+          k_of = sh.scale[visited & STAGES - 1];
+          left = sh.keys[visited & STAGES - 1];
+        };
+        auto measure = [&]() {
+          hold_words(s);
+          if (left < BLOCK) hide(s, left, quad);
           int top[2];
           look(s, top);
           float high[2];
 #pragma unroll
-          for (int r = 0; r < 2; r++) high[r] = (float)top[r] * scale[r];
-          if (__any_sync(0xFFFFFFFF, fmaxf(high[0] + less[0], high[1] + less[1]) > P_BITS + SLACK)) {
+          for (int r = 0; r < 2; r++) {
+            scale[r] = scale_of[r] * k_of;
+            high[r] = (float)top[r] * scale[r];
+          }
+          grown = __any_sync(0xFFFFFFFF, fmaxf(high[0] + less[0], high[1] + less[1]) > P_BITS + SLACK);
+          if (grown) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-              high[r] = largest_of_four(high[r]);
-              if (half == 0) {
-                const float lower = fminf(less[r], P_BITS - high[r]);
-                fade[r] = exp2_of(lower - less[r]);
-                less[r] = lower;
-              } else {  // the first half is in e4m3 already, and keeps its bits by whole steps: to 2**7.5 at most
-                const float step = fminf(0.0f, rintf(P_BITS - high[r] - less[r]));
-                fade[r] = exp2_of(step);
-                less[r] += step;
-                const u32 by = as_two_halves(fade[r]);
-#pragma unroll
-                for (int c = r; c < 8; c += 2) p[c] = times(p[c], by);
-              }
+              const float lower = fminf(less[r], P_BITS - largest_of_four(high[r]));
+              fade[r] = exp2_of(lower - less[r]);
+              less[r] = lower;
             }
+          }
+        };
+        auto weigh = [&](int i) {  // a quarter of the scores become weights, unrounded, in s
+#pragma unroll
+          for (int at = 16 * i; at < 16 * i + 16; at++)
+            s[at] = __float_as_int(exp2_of(fmaf((float)s[at], scale[at / 2 % 2], less[at / 2 % 2])));
+        };
+        auto round = [&](int i) {
+#pragma unroll
+          for (int c = 0; c < 4; c++) {  // rows g and g + 8 of keys 0-15, then of keys 16-31
+            const int at = 16 * i + 8 * (c / 2) + 2 * (c % 2);
+            p[4 * i + c] = four_e4m3(__int_as_float(s[at]), __int_as_float(s[at + 1]), __int_as_float(s[at + 4]),
+                                     __int_as_float(s[at + 5]));
+          }
+        };
+        auto mask = [&]() {
+          if (left < BLOCK) drop(p, left, quad);
+          visited++;
+        };
+        auto gather = [&]() {  // t = weights of the last block times its values
+          const u64 v_part = described<BLOCK>(v_at + (visited - 1 & STAGES - 1) * V_BYTES);
+          hold_words(p);
+          hold_words(t);
+          fence();
+#pragma unroll
+          for (int k = 0; k < BLOCK / 32; k++) weighted(t, p + 4 * k, v_part + 2 * k, k > 0);
+          commit();
+        };
+        auto gathered = [&]() {
+          wait_products<0>();
+          hold_words(t);
+          __syncwarp();
+          if (lane == 0) arrive(&sh.empty[visited - 1 & STAGES - 1]);
+        };
+        auto add = [&](int i) {  // a quarter
+#pragma unroll
+          for (int at = D / 8 * i; at < D / 8 * (i + 1); at++) o[at] += t[at];
+          if (i == 3)
+            for (int at = D / 2; at < WIDE; at++) o[at] += t[at];
+        };
+        int rest = count - 1;
+        if (count > 0) {
+          ready();
+          ask();
+          wait_products<0>();
+          measure();
+          if (REFRESH && grown) {  // what the kept blocks have left
 #pragma unroll
             for (int at = 0; at < WIDE; at++) o[at] *= fade[at / 2 % 2];
           }
 #pragma unroll
-          for (int c = 0; c < 8; c++) {  // rows g and g + 8 of keys 0-15, then of keys 16-31, and of the next 32
-            const int at = 8 * (c / 2) + 2 * (c % 2), r = c % 2;
-            auto weight = [&](int at) {
-              const float x = fmaf((float)s[at], scale[r], less[r]);
-              if (half == 1 && at % POLYNOMIAL == 0)  // beside the first half's weights, the second's scores are
-                return exp2_by_polynomial(x);         // made in the registers that this takes
-              return exp2_of(x);
-            };
-            p[8 * half + c] = four_e4m3(weight(at), weight(at + 1), weight(at + 4), weight(at + 5));
+          for (int i = 0; i < 4; i++) weigh(i), round(i);
+          mask();
+          if (rest) ready();
+#pragma unroll 1
+          while (rest) {
+            ask();
+            gather();
+            wait_products<1>();
+            measure();
+#pragma unroll
+            for (int j = 0; j < EARLY; j++) weigh(j);
+            hold_words(s);
+            visited++;
+            rest--;
+            if (rest) ready();
+            visited--;
+            gathered();
+            if (grown) {
+#pragma unroll
+              for (int at = 0; at < WIDE; at++) o[at] *= fade[at / 2 % 2], t[at] *= fade[at / 2 % 2];
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+              if (j >= EARLY) weigh(j);
+              add(j);
+              round(j);
+            }
+            mask();
           }
+          if (part == REFRESH && lane == 0) arrive(&sh.q_empty[q]);
+          gather();
+          gathered();
+#pragma unroll
+          for (int j = 0; j < 4; j++) add(j);
+        } else if (part == REFRESH && lane == 0) {
+          arrive(&sh.q_empty[q]);
         }
-        if (left < BLOCK) drop(p, left, quad);
-        hold(p);
-        forget(t);
-        fence();
-#pragma unroll
-        for (int k = 0; k < BLOCK / 32; k++) weighted(t, p + 4 * k, described_by<BLOCK>(v_low + 2 * k), k > 0);
-        commit();
-        wait_products<0>();
-        hold(t);
-        __syncwarp();
-        if (lane == 0) arrive(&sh.empty[stage]);
-#pragma unroll
-        for (int at = 0; at < WIDE; at++) o[at] += t[at];
-      }
-      visited += count;
-      if (lane == 0) arrive(&sh.q_empty[q]);
 
-#else
-      bool grown;
-      auto ready = [&]() {  // the next block has come
-        wait(&sh.full[visited & STAGES - 1], visited / STAGES & 1);
-      };
-      float k_of;
-      int left;
-      auto ask = [&]() {  // its scores
-        const u64 k_part = described<D>(k_at + (visited & STAGES - 1) * K_BYTES);
-        hold_words(s);
-        fence();
-#pragma unroll
-        for (int k = 0; k < D / 32; k++) scores(s, q_part + 2 * k, k_part + 2 * k, k > 0);
-        commit();
-        k_of = sh.scale[visited & STAGES - 1];
-        left = sh.keys[visited & STAGES - 1];
-      };
-      auto measure = [&]() {
-        hold_words(s);
-        if (left < BLOCK) hide(s, left, quad);
-        int top[2];
-        look(s, top);
-        float high[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-          scale[r] = scale_of[r] * k_of;
-          high[r] = (float)top[r] * scale[r];
-        }
-        grown = __any_sync(0xFFFFFFFF, fmaxf(high[0] + less[0], high[1] + less[1]) > P_BITS + SLACK);
-        if (grown) {
+#endif
+#if REFRESH
+        if (part == 0) {
 #pragma unroll
           for (int r = 0; r < 2; r++) {
-            const float lower = fminf(less[r], P_BITS - largest_of_four(high[r]));
-            fade[r] = exp2_of(lower - less[r]);
-            less[r] = lower;
+            const float sum = sum_of(r), inverse = count > 0 ? 1.0f / sum : 0.0f;
+            int n = first + 8 * r, d = 2 * quad;  // held, or its places are worked out before the loop over the parts,
+            asm volatile("" : "+r"(n), "+r"(d));  // and take registers of the loop over blocks
+            const i64 at = place_of(token_of(n)) + d;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+              const float2 y = answer(4 * j + 2 * r, 8 * j + d, inverse);
+              if (n < N) leave(second, out, at + 8 * j, y);
+            }
           }
         }
-      };
-      auto weigh = [&](int i) {  // a quarter of the scores become weights, unrounded, in s
-#pragma unroll
-        for (int at = 16 * i; at < 16 * i + 16; at++)
-          s[at] = __float_as_int(exp2_of(fmaf((float)s[at], scale[at / 2 % 2], less[at / 2 % 2])));
-      };
-      auto round = [&](int i) {
-#pragma unroll
-        for (int c = 0; c < 4; c++) {  // rows g and g + 8 of keys 0-15, then of keys 16-31
-          const int at = 16 * i + 8 * (c / 2) + 2 * (c % 2);
-          p[4 * i + c] = four_e4m3(__int_as_float(s[at]), __int_as_float(s[at + 1]), __int_as_float(s[at + 4]),
-                                   __int_as_float(s[at + 5]));
-        }
-      };
-      auto mask = [&]() {
-        if (left < BLOCK) drop(p, left, quad);
-        visited++;
-      };
-      auto gather = [&]() {  // t = weights of the last block times its values
-        const u64 v_part = described<BLOCK>(v_at + (visited - 1 & STAGES - 1) * V_BYTES);
-        hold_words(p);
-        hold_words(t);
-        fence();
-#pragma unroll
-        for (int k = 0; k < BLOCK / 32; k++) weighted(t, p + 4 * k, v_part + 2 * k, k > 0);
-        commit();
-      };
-      auto gathered = [&]() {
-        wait_products<0>();
-        hold_words(t);
-        __syncwarp();
-        if (lane == 0) arrive(&sh.empty[visited - 1 & STAGES - 1]);
-      };
-      auto add = [&](int i) {  // a quarter
-#pragma unroll
-        for (int at = D / 8 * i; at < D / 8 * (i + 1); at++) o[at] += t[at];
-        if (i == 3)
-          for (int at = D / 2; at < WIDE; at++) o[at] += t[at];
-      };
-      int rest = count - 1;
-      if (count > 0) {
-        ready();
-        ask();
-        wait_products<0>();
-        measure();
-#pragma unroll
-        for (int i = 0; i < 4; i++) weigh(i), round(i);
-        mask();
-        if (rest) ready();
-#pragma unroll 1
-        while (rest) {
-          ask();
-          gather();
-          wait_products<1>();
-          measure();
-#pragma unroll
-          for (int j = 0; j < EARLY; j++) weigh(j);
-          hold_words(s);
-          visited++;
-          rest--;
-          if (rest) ready();
-          visited--;
-          gathered();
-          if (grown) {
-#pragma unroll
-            for (int at = 0; at < WIDE; at++) o[at] *= fade[at / 2 % 2], t[at] *= fade[at / 2 % 2];
-          }
-#pragma unroll
-          for (int j = 0; j < 4; j++) {
-            if (j >= EARLY) weigh(j);
-            add(j);
-            round(j);
-          }
-          mask();
-        }
-        if (lane == 0) arrive(&sh.q_empty[q]);
-        gather();
-        gathered();
-#pragma unroll
-        for (int j = 0; j < 4; j++) add(j);
-      } else if (lane == 0) {
-        arrive(&sh.q_empty[q]);
-      }
-
 #endif
+      }
       // the answer
-      const int batch = head / H, h = head % H;
+      const int blocks = REFRESH ? P / BLOCK : kept_blocks;
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const float sum = __shfl_sync(0xFFFFFFFF, o[D / 2 + 2 * r], lane & ~3);
-        const float inverse = count > 0 ? 1.0f / sum : 0.0f;
+        const float sum = sum_of(r), inverse = blocks > 0 ? 1.0f / sum : 0.0f;
         const int n = first + 8 * r;
         const bool inside = n < N;
-#if TOKENS
-        const int token = inside ? tokens[batch * token_b + h * token_h + n] : 0;
-#else
-        const int token = n;
-#endif
-        const i64 at = (((i64)batch * N + token) * H + h) * D;
+        const int token = token_of(n);
+        const i64 at = place_of(token);
 #if LSE
         if (inside && quad == 0)  // weights are 2**less of exp2(score)
-          lse[(i64)head * N + token] =
-              count > 0 ? (log2f(sum) - less[r]) * 0.69314718f : -__int_as_float(0x7F800000);
+          ((float *)second)[(i64)head * N + token] =
+              blocks > 0 ? (log2f(sum) - less[r]) * 0.69314718f : -__int_as_float(0x7F800000);
 #endif
 #if RESIDUAL == 1
         const float lost = inside ? residual_scale[(i64)head * N + token] : 0.0f;
@@ -540,12 +602,21 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, PROGRAMS) atten
 #endif
 #pragma unroll
         for (int m = 0; m < D / 32; m++) {  // 32 channels: each thread of four has two of every eight, and gets eight
-          [[maybe_unused]] u32 w[4];
+          [[maybe_unused]] u32 w[4], gone[4];
 #pragma unroll
           for (int j = 0; j < 4; j++) {
-            const int i = 4 * (4 * m + j) + 2 * r, d = 8 * (4 * m + j) + 2 * quad;
-            const float2 of = *(const float2 *)(v_scale + (i64)head * D + d);
-            float2 y = make_float2(o[i] * inverse * of.x, o[i + 1] * inverse * of.y);
+            const int d = 8 * (4 * m + j) + 2 * quad;
+            float2 y = answer(4 * (4 * m + j) + 2 * r, d, inverse);
+#if REFRESH
+            const float2 sparse = inside ? left_at(second, out, at + d) : y;
+            float2 less_sparse = make_float2(y.x - sparse.x, y.y - sparse.y);
+            if (kept_blocks == blocks) less_sparse = make_float2(0.0f, 0.0f);
+#if OUT == 0
+            if (inside) *(float2 *)((float *)second + at + d) = less_sparse;
+#else
+            gone[j] = two_halves(less_sparse.x, less_sparse.y);
+#endif
+#endif
             if (RESIDUAL && inside) {
               const float2 added = two_residuals(residual, at + d, lost);
               y.x += added.x;
@@ -560,6 +631,12 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, PROGRAMS) atten
 #if OUT != 0
           exchange(w, quad);
           if (inside) *(uint4 *)((unsigned short *)out + at + 32 * m + 8 * quad) = make_uint4(w[0], w[1], w[2], w[3]);
+#if REFRESH
+          exchange(gone, quad);
+          if (inside)
+            *(uint4 *)((unsigned short *)second + at + 32 * m + 8 * quad) =
+                make_uint4(gone[0], gone[1], gone[2], gone[3]);
+#endif
 #endif
         }
       }

@@ -1,4 +1,4 @@
-"""attention_fp8 by hand for Hopper (sm_90a): heads of 64 or 128, in blocks of 128 queries and 128 keys.
+"""attention_fp8 and its kin by hand for Hopper (sm_90a): heads of 64 or 128, in blocks of 128 queries and 128 keys.
 
 The operands, and what is answered, are attention_fp8's; the source beside this file says how. Other shapes, and other
 cards, run by Triton.
@@ -43,9 +43,15 @@ def launch(
     residual: Tensor | None,
     residual_scale: Tensor | None,
     tokens: Tensor | None,
+    *,
     lse: Tensor | None = None,
+    lost: Tensor | None = None,
 ) -> Tensor:
-    """`lse`, where it is given, is written to: float32 [B, H, N], contiguous."""
+    """`lse` or `lost`, where one is given, is written to: lse float32 [B, H, N], contiguous; lost as the answer is.
+
+    With `lost`, lists go on to all other blocks, and the answer is dense.
+    """
+    assert lse is None or lost is None, "one second answer"
     batch, heads, count, size = q.shape
     padded, rows, every = k.shape[2], -(-count // BLOCK), batch * heads
     q, k, v, q_scale, k_scale, v_scale = (t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale))
@@ -54,7 +60,7 @@ def launch(
     out = torch.empty(batch, count, heads, size, dtype=out_dtype, device=q.device)
     with torch.cuda.device(q.device):
         added = 0 if residual is None else ADDED[residual.dtype]
-        _kernel(q.device, size, KINDS[out_dtype], added, tokens is not None, lse is not None)(
+        _kernel(q.device, size, KINDS[out_dtype], added, tokens is not None, lse is not None, lost is not None)(
             min(PROGRAMS[size] * processors(q.device), every * rows),
             THREADS,
             _cuda.tiles(q.view(-1, size), BLOCK, size),
@@ -69,7 +75,7 @@ def launch(
             None if residual is None else residual.transpose(1, 2).contiguous(),
             None if residual_scale is None else residual_scale.contiguous(),
             out,
-            lse,
+            lse if lost is None else lost,
             torch.zeros(1, dtype=torch.int32, device=q.device),  # the next tile
             heads,
             count,
@@ -84,9 +90,13 @@ def launch(
 
 
 @functools.cache
-def _kernel(device: torch.device, size: int, out: int, residual: int, tokens: bool, lse: bool) -> _cuda.Kernel:
+def _kernel(
+    device: torch.device, size: int, out: int, residual: int, tokens: bool, lse: bool, refresh: bool
+) -> _cuda.Kernel:
     tile, slots, stages = BLOCK * size, SLOTS[size], STAGES[size]
     shared = 1024 + slots * tile + stages * (2 * tile + 1024) + 1024  # alignment, Q, K and V with its ones, the rest
     shape = (("SIZE", size), ("PROGRAMS", PROGRAMS[size]), ("SLOTS", slots), ("STAGES", stages))
-    answers = (("OUT", out), ("RESIDUAL", residual), ("TOKENS", int(tokens)), ("LSE", int(lse)))
-    return _cuda.Kernel("attention_fp8_sm90.cu", "attention_fp8_sm90", shared, (*shape, *answers))
+    answers = (("OUT", out), ("RESIDUAL", residual), ("LSE", int(lse)), ("REFRESH", int(refresh)))
+    return _cuda.Kernel(
+        "attention_fp8_sm90.cu", "attention_fp8_sm90", shared, (*shape, *answers, ("TOKENS", int(tokens)))
+    )

@@ -24,14 +24,17 @@ SERIALIZED = "C7514"  # products that wait for each other, as nobody asked for: 
 HALVES = (torch.bfloat16, torch.float16)
 
 
-ATTENTIONS = [  # (answer, residual, tokens, log-sum-exp)
-    (0, 0, False, False),
-    (1, 0, False, False),
-    (2, 1, True, False),
-    (1, 2, False, False),
-    (1, 3, True, False),
-    (1, 4, False, False),
-    (1, 0, True, True),
+ATTENTIONS = [  # (answer, residual, tokens, log-sum-exp, refresh)
+    (0, 0, False, False, False),
+    (1, 0, False, False, False),
+    (2, 1, True, False, False),
+    (1, 2, False, False, False),
+    (1, 3, True, False, False),
+    (1, 4, False, False, False),
+    (1, 0, True, True, False),
+    (0, 0, True, False, True),
+    (1, 0, False, False, True),
+    (2, 0, True, False, True),
 ]
 ROTATIONS = [
     (256, 32),
