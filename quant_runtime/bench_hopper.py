@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -184,9 +184,9 @@ def attention_bfloat16(device: torch.device, rounds: int, of: Shape = HUNYUAN) -
 def attention_refresh(device: torch.device, rounds: int, of: Shape = HUNYUAN, density: float = 0.15) -> Rows:
     """Dense attention and what few blocks lack of it: in one pass, by what runs and by Triton, and by two calls.
 
-    "sparse" is the error of dense - lost.
+    They take turns: what a card has done before tells in what it does next. "sparse" is the error of dense - lost.
     """
-    few, keys = max(3, rounds // 8), -(-of.tokens // BLOCK)
+    keys = -(-of.tokens // BLOCK)
     qkv, error = torch.randn(1, of.tokens, 3 * of.heads * of.size, device=device, dtype=torch.bfloat16), {}
 
     def packed(qkv: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -205,15 +205,18 @@ def attention_refresh(device: torch.device, rounds: int, of: Shape = HUNYUAN, de
         del dense, lost, given
     its, some = packed(qkv)
     every = every_list(of, device)
-    alone = timed(partial(attention_fp8, *its, *every, of.tokens), few)
-    yield milliseconds("dense alone", alone, few)
-    two = timed(lambda: [attention_fp8(*its, *lists, of.tokens) for lists in (every, some)], few)
-    yield milliseconds(f"dense, then density {density}", two, few)
-    beside = ("one after the other", median(two))
-    plain = timed(once(refresh_launch, qkv), few)
-    yield milliseconds(f"dense and density {density} in one pass, Triton", plain, few, beside)
-    ours = timed(once(attention_fp8_refresh, qkv), few)
-    yield milliseconds(f"dense and density {density} in one pass", ours, few, beside, error)
+    calls: dict[str, Callable[[], object]] = {
+        "dense alone": partial(attention_fp8, *its, *every, of.tokens),
+        "one after the other": lambda: [attention_fp8(*its, *lists, of.tokens) for lists in (every, some)],
+        "in one pass, Triton": once(refresh_launch, qkv),
+        "in one pass": once(attention_fp8_refresh, qkv),
+    }
+    times = dict(zip(calls, in_turn([*calls.values()], rounds), strict=True))
+    two = ("one after the other", median(times["one after the other"]))
+    for name, its_own in times.items():
+        both = name if name == "dense alone" else f"dense and density {density}, {name}"
+        baseline = two if name.startswith("in one pass") else None
+        yield milliseconds(both, its_own, rounds, baseline, error if name == "in one pass" else None)
 
 
 def every_list(of: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -382,23 +385,29 @@ def attention_error(got: Tensor, qkv: Tensor, of: Shape, lists: tuple[Tensor, Te
 
 
 def timed(call: Callable[[], object], rounds: int) -> list[float]:
-    """Milliseconds of `rounds` calls, after two that warm up.
+    """Milliseconds of `rounds` calls, after two that warm up."""
+    return in_turn([call], rounds)[0]
+
+
+def in_turn(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Milliseconds of each call in `rounds` rounds of all of them, after two that warm up.
 
     The GPU gets them all at once, behind a pause: else it would wait for the CPU between two short ones, and the time
     of a call would be what launching it takes.
     """
-    events = []
+    events: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
     for number in range(rounds + 2):
         if number == 2:
             torch.cuda._sleep(HEAD_START)
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        call()
-        after.record()
-        if number >= 2:
-            events.append((before, after))
+        for call, its in zip(calls, events, strict=True):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            call()
+            after.record()
+            if number >= 2:
+                its.append((before, after))
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in events]
+    return [[before.elapsed_time(after) for before, after in its] for its in events]
 
 
 def median(times: list[float]) -> float:

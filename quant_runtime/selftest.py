@@ -558,8 +558,8 @@ def pieces(needs: Needs, device: torch.device | str) -> Iterator[Piece]:
 
 
 def _at_once(size: int, device: torch.device) -> int:
-    """How many tiles of attention a GPU has under way, at least."""
-    own = attention_fp8_sm90.PROGRAMS.get(size, 1) if _cuda.is_hopper(device) else 1
+    """How many tiles of attention a GPU has under way, at least: where a program has several, all of them."""
+    own = attention_fp8_sm90.tiles_at_once(size) if _cuda.is_hopper(device) else 1
     return own * _triton.processors(device)
 
 

@@ -14,7 +14,8 @@ residual        None, or what is added to the answer before it is rounded: [B, H
 
 attention_fp8_refresh takes lists of all key blocks, first those that are kept, `counts` of them, then the others, both
 ascending. It answers in one pass what is lost by keeping only the first: (dense, lost), both as `out`, where lost =
-dense - sparse, formed in float32 and zeros where nothing is left out.
+dense - sparse, formed in float32 and zeros where nothing is left out. Of sparse answers it may have twice the bits of
+out's dtype alone; in float16 it has none of those that float16 does not reach.
 
 attention_fp8_lse answers (out, lse), lse float32 [B, H, N] by tokens: the logarithm of the sum of exp(scores) over the
 kept keys, by hand of these in e4m3 as they weight the values, -inf of none, by which answers over keys in several
@@ -26,9 +27,9 @@ keys in float32; P in e4m3, as 256 times itself; sums over a block of keys in th
 is a multiple of 32 up to 128, block_q is 64 or 128, block_k is 32, 64 or 128.
 
 On a Hopper, heads of 64 and 128 in blocks of 128 run by attention_fp8_sm90, which is written by hand; all else by
-Triton. What makes that fast there: keys and values come through the copy engine; V lies transposed, since FP8 wants its
+Triton. What makes both fast there: keys and values come through the copy engine; V lies transposed, since FP8 wants its
 second operand so; its keys lie in the order in which the first product leaves its columns in registers, so that P is
-used where it is; and sums start at the bits of 1.5 * 2**23, so that they are floats without being converted.
+used where it is. In Triton's sums start at the bits of 1.5 * 2**23, so that they are floats without being converted.
 """
 
 from __future__ import annotations

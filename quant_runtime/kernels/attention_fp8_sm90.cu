@@ -18,7 +18,7 @@
 // may be 2**SLACK times as large as one. Up to that nothing is scaled again, and no thread asks another.
 //
 // REFRESH goes on to the blocks that are not kept, which stand behind the others in a list. What the kept ones answer
-// waits in the two answers' own memory, as two 16-bit halves of itself, where each thread finds its own.
+// waits in the two answers' own memory, where each thread finds its own: of 16-bit answers as two halves of itself.
 
 #include "sm90.cuh"
 
@@ -578,9 +578,11 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, PROGRAMS) atten
               if (n < N) leave(second, out, at + 8 * j, y);
             }
           }
+          __syncwarp();
         }
 #endif
       }
+
       // the answer
       const int blocks = REFRESH ? P / BLOCK : kept_blocks;
 #pragma unroll
@@ -630,9 +632,12 @@ extern "C" __global__ void __launch_bounds__((GROUPS + 1) * 128, PROGRAMS) atten
           }
 #if OUT != 0
           exchange(w, quad);
-          if (inside) *(uint4 *)((unsigned short *)out + at + 32 * m + 8 * quad) = make_uint4(w[0], w[1], w[2], w[3]);
 #if REFRESH
           exchange(gone, quad);
+          __syncwarp();  // what waited where the four write now is read
+#endif
+          if (inside) *(uint4 *)((unsigned short *)out + at + 32 * m + 8 * quad) = make_uint4(w[0], w[1], w[2], w[3]);
+#if REFRESH
           if (inside)
             *(uint4 *)((unsigned short *)second + at + 32 * m + 8 * quad) =
                 make_uint4(gone[0], gone[1], gone[2], gone[3]);

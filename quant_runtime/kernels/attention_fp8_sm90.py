@@ -28,6 +28,11 @@ def takes(q: Tensor, block_q: int, block_k: int) -> bool:
     return q.shape[3] in PROGRAMS and block_q == block_k == BLOCK and q.numel() > 0
 
 
+def tiles_at_once(size: int) -> int:
+    """That a processor has under way, of heads of this size: those of each of its programs, and 1 of other heads."""
+    return PROGRAMS.get(size, 1) * SLOTS.get(size, 1)
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -52,6 +57,10 @@ def launch(
     With `lost`, lists go on to all other blocks, and the answer is dense.
     """
     assert lse is None or lost is None, "one second answer"
+    if lost is not None:
+        assert lost.dtype == out_dtype, "as the answer"
+        assert lost.transpose(1, 2).is_contiguous(), "as the answer"
+        assert kept.shape[3] * BLOCK == k.shape[2], "attention_fp8_refresh lists all blocks"
     batch, heads, count, size = q.shape
     padded, rows, every = k.shape[2], -(-count // BLOCK), batch * heads
     q, k, v, q_scale, k_scale, v_scale = (t.contiguous() for t in (q, k, v, q_scale, k_scale, v_scale))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-BF16_ROUNDING = 2**-8  # half a step of bfloat16 is 2**-9 of a number
+BF16_ROUNDING = 2**-8  # half a step of bfloat16 is 2**-8 of a number at most, 2**-9 at least
 FP16_ROUNDING = 2**-10  # half a step of float16 is 2**-11 of a number
 FP32_ROUNDING = 1e-6  # sums of a few hundred float32, each rounded at 6e-8
 NO_BF16 = pytest.mark.skipif(

@@ -11,7 +11,6 @@ from tests.support import relative_error
 P_ROUNDED = 0.04  # e4m3 has 3 bits behind the first: P is off by 2**-4 of itself at most, and random values add few up
 INTERPRETED = 0.1  # Triton's interpreter rounds up to a power of two as down to half of it: one in 64 is half itself
 FP8 = 0.05  # P and V in e4m3, q and k in int8, where an answer is the mean of some hundred values that cancel
-HALVES = 1e-5  # a float32 as two float16 has 22 bits; beside it, its sums were in another order
 SHAPES = [
     (1, 2, 200, 64, 64),
     (2, 1, 300, 32, 128),
@@ -97,34 +96,6 @@ def test_a_residual_is_added_before_the_answer_is_rounded(version, shape, dtype,
     assert relative_error(version(*half, *its), want) < FP16_ROUNDING
 
 
-@pytest.mark.parametrize("version", [op.refresh_on_cpu, op.refresh_launch])
-@pytest.mark.parametrize("shape", SHAPES[:3])
-def test_a_refresh_answers_dense_attention_and_what_the_kept_blocks_lack_of_it(version, shape, device):
-    if version is op.refresh_on_cpu and device != "cpu":
-        pytest.skip("the CPU version runs on CPU tensors")
-    args = refresh_arguments(shape, device)
-    dense, lost = version(*args)
-    plain = op.on_cpu if version is op.refresh_on_cpu else op.launch
-    blocks, counts = args[6].shape[3], args[7]
-    every = torch.arange(blocks, dtype=torch.int32, device=device).expand(args[6].shape)
-    whole = (*args[:6], every, torch.full_like(counts, blocks), *args[8:], None, None)
-    sparse = plain(*args, None, None)
-    limits = (FP32_ROUNDING, FP32_ROUNDING) if plain is op.on_cpu else (limit(device), HALVES)
-    assert relative_error(dense, plain(*whole)) < limits[0], "P is rounded against the largest score so far: an order"
-    assert relative_error(dense - lost, sparse) < limits[1]
-    for got, want in zip((dense, lost), op.refresh_reference(*args), strict=True):
-        assert relative_error(got, want) < (FP32_ROUNDING if plain is op.on_cpu else 2 * limit(device))
-
-
-@pytest.mark.parametrize("version", [op.refresh_on_cpu, op.refresh_launch, op.refresh_reference])
-def test_nothing_is_lost_where_nothing_is_left_out(version, device):
-    if version is op.refresh_on_cpu and device != "cpu":
-        pytest.skip("the CPU version runs on CPU tensors")
-    _, lost = version(*refresh_arguments(SHAPES[0], device, torch.float16))
-    assert not lost[:, :, :64].any(), "row 0 of the lists keeps every block"
-    assert lost[:, :, 64:].any()
-
-
 def shuffled(shape, device, shared):
     batch, heads, count, *_ = shape
     tokens = torch.rand(batch, heads, count, device=device).argsort(dim=2).to(torch.int32)
@@ -150,17 +121,6 @@ def test_answers_go_to_the_tokens_of_their_places_and_what_is_added_lies_there(v
         want = want + placed(op.unpacked_residual(added, scale), tokens)
     assert relative_error(placed(out, tokens), want) < FP32_ROUNDING
     assert out.transpose(1, 2).is_contiguous()
-
-
-@pytest.mark.parametrize("version", [op.refresh_reference, op.refresh_on_cpu, op.refresh_launch])
-def test_a_refresh_answers_by_tokens_too(version, device):
-    if version is op.refresh_on_cpu and device != "cpu":
-        pytest.skip("the CPU version runs on CPU tensors")
-    shape = SHAPES[0]
-    args, tokens = refresh_arguments(shape, device), shuffled(shape, device, False)
-    for got, want in zip(version(*args, tokens), version(*args), strict=True):
-        assert torch.equal(placed(got, tokens), want)
-        assert got.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("version", [op.on_cpu, op.launch])
@@ -204,8 +164,7 @@ def test_slots_hold_every_key_once():
 
 
 def test_heads_merge_without_a_copy(device):
-    for out in (op._op(*arguments(SHAPES[0], device)), *op._refresh_op(*refresh_arguments(SHAPES[0], device))):
-        assert out.transpose(1, 2).is_contiguous()
+    assert op._op(*arguments(SHAPES[0], device)).transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -244,15 +203,6 @@ def test_operands_that_do_not_fit_are_refused_by_name(change, named):
         op.attention_fp8(**args | change)
 
 
-def test_a_refresh_refuses_lists_of_some_blocks():
-    args = list(refresh_arguments(SHAPES[0], "cpu"))
-    args[6] = args[6][..., :3]
-    with pytest.raises(ValueError, match="lists of all 4 blocks of keys; got lists of 3"):
-        op.attention_fp8_refresh(*args)
-
-
-def test_torch_accepts_the_ops(device):
+def test_torch_accepts_the_op(device):
     checks = ("test_autograd_registration", "test_faketensor")  # the others multiply what they are given, FP8 too
     library.opcheck(torch.ops.quant_runtime.attention_fp8.default, arguments(SHAPES[3], device), test_utils=checks)
-    refresh = torch.ops.quant_runtime.attention_fp8_refresh.default
-    library.opcheck(refresh, refresh_arguments(SHAPES[3], device), test_utils=checks)

@@ -5,30 +5,17 @@ import torch
 
 from quant_runtime.kernels import _cuda, attention_fp8, attention_fp8_sm90
 from quant_runtime.kernels.pack_heads import pack_heads
-from tests.quant_runtime.kernels.inputs import FP16_ROUNDING, FP32_ROUNDING, ROUNDING
-from tests.quant_runtime.kernels.test_attention_fp8 import (
-    HALVES,
-    P_ROUNDED,
-    placed,
-    refresh_arguments,
-    residual,
-    shuffled,
-)
+from tests.quant_runtime.kernels.inputs import FP16_ROUNDING, FP32_ROUNDING
+from tests.quant_runtime.kernels.test_attention_fp8 import P_ROUNDED, placed, refresh_arguments, residual, shuffled
 from tests.support import relative_error
 
 SIZES = tuple(attention_fp8_sm90.PROGRAMS)
 SHAPES = [
     (batch, heads, tokens, size, 128)
     for size in SIZES
-    for batch, heads, tokens in (
-        (1, 2, 1000),
-        (2, 3, 517),
-        (1, 1, 128),
-        (1, 3, 2333),
-        (2, 24, 1000),
-    )  # at last more tiles than programs
-]
-RAGGED = [shape for shape in SHAPES if shape[2] in (1000, 517) and shape[1] < 24]
+    for batch, heads, tokens in ((1, 2, 1000), (2, 3, 517), (1, 1, 128), (1, 3, 2333), (4, 50, 517))
+]  # at last more than three tiles a program: the third waits for the first one's slot
+RAGGED = [shape for shape in SHAPES if shape[2] in (1000, 517) and shape[1] < 50]
 SLACK = 0.1  # its weights are relative to another number than the reference's, and fall elsewhere between e4m3's steps
 
 
@@ -122,64 +109,3 @@ def all_kept(q, k, v):
 def test_it_is_what_runs_there(size, device):
     args = refresh_arguments((1, 2, 1000, size, 128), device, torch.bfloat16)
     assert torch.equal(attention_fp8.attention_fp8(*args), run(args, None, None, None))
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """What a kernel does not write is NaN."""
-    empty = torch.empty
-
-    def filled(*shape, **kind):
-        made = empty(*shape, **kind)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", filled)
-
-
-def refreshed(args, tokens=None):
-    return attention_fp8.refresh_launch_hopper(*args, tokens)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_refresh_answers_dense_attention_and_what_the_kept_blocks_lack_of_it(shape, out_dtype, device, poisoned):
-    args = refresh_arguments(shape, device, out_dtype)
-    dense, lost = refreshed(args)
-    blocks, counts = args[6].shape[3], args[7]
-    every = torch.arange(blocks, dtype=torch.int32, device=device).expand(args[6].shape)
-    whole, exact = (*args[:6], every, torch.full_like(counts, blocks), *args[8:]), (*args[:11], torch.float32, args[12])
-    assert relative_error(dense, run(whole, None, None, None)) < P_ROUNDED, "weights are of another largest score"
-    exact_dense, exact_lost = refreshed(exact)
-    sparse = run(exact, None, None, None)
-    assert relative_error(exact_dense - exact_lost, sparse) < HALVES, "the same sums in the same order"
-    assert relative_error(dense, exact_dense) < ROUNDING[out_dtype]
-    assert relative_error(dense.float() - lost.float(), sparse) < 2 * ROUNDING[out_dtype], "each is rounded"
-    assert (lost - exact_lost).norm() <= ROUNDING[out_dtype] * exact_lost.norm(), "of one block nothing is lost"
-    for got, want in zip((dense, lost), attention_fp8.refresh_reference(*args), strict=True):
-        assert (got.double() - want.double()).norm() <= 2 * P_ROUNDED * want.double().norm()
-        assert got.transpose(1, 2).is_contiguous()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_nothing_is_lost_where_nothing_is_left_out_and_everything_where_nothing_is_kept(size, device, poisoned):
-    dense, lost = refreshed(refresh_arguments((2, 3, 1000, size, 128), device, torch.bfloat16))
-    assert not lost[:, :, :128].any(), "row 0 of the lists keeps every block"
-    assert torch.equal(lost[:, :, 128:256], dense[:, :, 128:256]), "row 1 keeps none"
-    assert lost.isfinite().all() and lost[:, :, 256:].any()
-
-
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("size", SIZES)
-def test_a_refresh_answers_by_tokens_too(shared, size, device, poisoned):
-    shape = (2, 3, 517, size, 128)
-    args, tokens = refresh_arguments(shape, device, torch.bfloat16), shuffled(shape, device, shared)
-    for got, want in zip(refreshed(args, tokens), refreshed(args), strict=True):
-        assert torch.equal(placed(got, tokens), want)
-        assert got.transpose(1, 2).is_contiguous()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_a_refresh_by_hand_is_what_runs_there(size, device):
-    args = refresh_arguments((1, 2, 1000, size, 128), device, torch.bfloat16)
-    for got, want in zip(attention_fp8.attention_fp8_refresh(*args), refreshed(args), strict=True):
-        assert torch.equal(got, want)

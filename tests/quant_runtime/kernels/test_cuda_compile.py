@@ -34,6 +34,7 @@ ATTENTIONS = [  # (answer, residual, tokens, log-sum-exp, refresh)
     (1, 0, True, True, False),
     (0, 0, True, False, True),
     (1, 0, False, False, True),
+    (1, 0, True, False, True),
     (2, 0, True, False, True),
 ]
 ROTATIONS = [
