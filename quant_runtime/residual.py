@@ -265,8 +265,8 @@ def leading(grams: Tensor, rank: int) -> Tensor:
     """
     size = grams.shape[-1]
     if grams.device.type == "cpu" or size <= 32 or size < 2 * rank:
-        vectors: Tensor = torch.linalg.eigh(grams).eigenvectors
-        return vectors[..., -rank:]
+        vectors: Tensor = torch.linalg.eigh(grams.double()).eigenvectors  # in float32 it gives up on few directions
+        return vectors[..., -rank:].float()
     return leading_by_iteration(grams, rank)
 
 
