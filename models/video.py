@@ -265,7 +265,10 @@ class VideoModel(ABC):
             needed = self.residual_bytes(inputs)
             first: Any = next(iter(networks(self.network).values()))
             width = first.config.num_attention_heads * first.config.attention_head_dim
-            step = STEP_TENSORS * 2 * self.expected(inputs).tokens * width * self.sequences(inputs)
+            tokens = self.expected(inputs).tokens
+            step = STEP_TENSORS * 2 * tokens * width * self.sequences(inputs)
+            if self.by_graph and tokens <= MOST_TOKENS:  # what lies within a recorded pass, beside one that refreshes
+                step += STEP_TENSORS * 2 * min(tokens * self.sequences(inputs), MOST_TOKENS) * width
             if needed + step <= card.now:
                 return "device"
             may_fit = needed + step <= card.ever
@@ -413,6 +416,8 @@ class VideoModel(ABC):
             on_step(step + 1, inputs.steps)
             if step + 1 < inputs.steps:
                 self.attention.at(step + 1)
+                for its in self.by_graph:
+                    its.release_stale()  # of a network whose turn is over
             else:
                 self.attention.finish()  # decoding has the memory
                 self._release_recordings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -82,11 +83,13 @@ class AttentionPlan:
         """How many of `steps`, from the first, run dense."""
         return max(round(self.warmup * steps), 1) if self.warmup else 0  # a tenth of four steps is one of them
 
+    def dense_step(self, step: int, steps: int) -> bool:
+        """By the schedule: of refreshes the last step too, behind which nothing is sparse."""
+        warm = self.warm(steps)
+        return step < warm or (self.residual is not None and self.residual.due(step, warm))
+
     def is_dense(self, call: AttentionCall) -> bool:
-        """Refreshes are, and of their schedule the last step too, behind which nothing is sparse."""
-        warm = self.warm(call.steps)
-        due = self.residual is not None and self.residual.due(call.step, warm)
-        return call.refresh or due or call.step < warm or call.layer in self.dense_layers
+        return call.refresh or self.dense_step(call.step, call.steps) or call.layer in self.dense_layers
 
     def packed(self, call: AttentionCall, size: int, device: torch.device) -> bool:
         """Whether q, k and v of this call, heads of `size`, go as pack_heads makes them: in 8 bits."""
@@ -117,6 +120,9 @@ class Made:
     packed: bool
 
 
+_places = itertools.count()
+
+
 class AttentionState:
     """What the attention calls of one loaded model share: its plan, the step it is at, and what was kept so far.
 
@@ -141,6 +147,7 @@ class AttentionState:
         self.made: list[Made] = []
         self.cache = None if self.plan.residual is None else ResidualCache(self.plan.residual, place)
         self._frozen: dict[Key, PackedBlocks | None] = {}  # what the last refresh has chosen to keep
+        self._place = next(_places)  # another one whenever what a sparse pass reads of what is kept lies elsewhere
         self._turn.holder = None
         self._ways: dict[tuple[int, int], Tensor] = {}  # layer and branch → what its heads chose
         self.at(0)
@@ -161,6 +168,7 @@ class AttentionState:
     def finish(self) -> None:
         """Behind the last step: nothing stays cached. The record is still there to be asked."""
         self._frozen = {}
+        self._place = next(_places)
         if self.cache is not None:
             self.cache.clear()
 
@@ -170,11 +178,27 @@ class AttentionState:
         self._note(Made(call.layer, self.step, density, blocks is not None, packed))
 
     def phase(self) -> Hashable | None:
-        """Alike for steps whose calls run alike: dense or sparse. None where they depend on what was kept before."""
+        """Alike for passes whose calls run alike: dense or sparse, with a residual the same pass of a step.
+
+        None where a pass changes what is kept, or reads it elsewhere each time; and for the few dense ones that a plan
+        with a residual has beside its refreshes.
+        """
         plan = self.plan
-        if plan.residual is not None or isinstance(plan.policy, Choosing) or self.votes is not None:
+        if self._refreshes or isinstance(plan.policy, Choosing) or self.votes is not None:
             return None
-        return "dense" if self.step < plan.warm(self.steps) else "as the plan has it"
+        dense = plan.dense_step(self.step, self.steps)
+        if self.cache is None:
+            return "dense" if dense else "as the plan has it"
+        return None if dense or self.cache.place == "host" else ("sparse", *sorted(self._branches.items()))
+
+    def place(self) -> Hashable:
+        """Alike as long as passes of one phase read what was kept where they did."""
+        return None if self.cache is None else self._place
+
+    def kept(self) -> list[Tensor]:
+        """What sparse passes read of what refreshes write."""
+        frozen = [tensor for one in self._frozen.values() if one is not None for tensor in (one.bits, one.counts)]
+        return frozen if self.cache is None else [*frozen, *self.cache.read()]
 
     def mark(self) -> tuple[int, dict[int, int]]:
         return len(self.made), dict(self._branches)
@@ -185,6 +209,11 @@ class AttentionState:
         self._branches = dict(branches)
         gone, self.made = self.made[count:], self.made[:count]
         return gone
+
+    def on_to(self, calls: Sequence[Made]) -> None:
+        """Calls that were taken back were made."""
+        for one in calls:
+            self._note(one)
 
     def made_again(self, calls: Sequence[Made]) -> None:
         """That the same calls are made in this step, whoever makes them; each density is what its tensor is now."""
@@ -219,7 +248,8 @@ class AttentionState:
         """What a refresh of this call answers, and what its blocks lack of that: float [B, H, N, D]."""
         assert self.cache is not None
         self._turn.taken_by(self)
-        self.cache.keep((call.layer, call.branch), call.step, dense, lost)
+        if self.cache.keep((call.layer, call.branch), call.step, dense, lost):
+            self._place = next(_places)
 
     def residual(self, call: AttentionCall) -> tuple[Tensor, Tensor | None] | tuple[None, None]:
         """What is to be added to this call's sparse answer, and its scale, as attention_fp8 takes them."""
@@ -236,7 +266,11 @@ class AttentionState:
             frozen = self._frozen[key]
             return None if frozen is None else frozen.blocks()
         blocks = choose()
-        self._frozen[key] = None if blocks is None else PackedBlocks.of(blocks)
+        new, before = None if blocks is None else PackedBlocks.of(blocks), self._frozen.get(key)
+        if new is None or before is None or not before.take(new):
+            if key not in self._frozen or new is not before:
+                self._place = next(_places)
+            self._frozen[key] = new
         return blocks
 
     def density(self) -> Density:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ class Recorded:
 
     Called with tensors of the same shapes and dtypes in their places it runs what was recorded, on the current stream;
     answers are copies. What lies between is held as long as this is, but for what it shares with `beside`; so is all
-    else that was read, such as masks and orders that a cache may drop. `compiled` says that `function` is torch's
-    compiler's, which looks after that itself.
+    else that was read, such as masks and orders that a cache may drop, but for `others`, which whoever calls looks
+    after. `compiled` says that `function` is torch's compiler's, which looks after that itself.
 
     What `function` does on the CPU it does once, here: kernels have to be compiled before, masks and orders to lie on
     the GPU already, and nothing in it may wait for the GPU. RuntimeError where something does.
@@ -46,10 +46,11 @@ class Recorded:
         given: Sequence[Any],
         beside: Recorded | None = None,
         compiled: bool = False,
+        others: Sequence[Tensor] = (),
     ) -> None:
         device = next(one.device for one in given if isinstance(one, Tensor))
         self._given = [one.clone() if isinstance(one, Tensor) else one for one in given]
-        self._reads = Reads()
+        self._reads = Reads(others)
         generator = torch.cuda.default_generators[device.index]
         drawn = generator.clone_state()
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
@@ -79,12 +80,12 @@ class Recorded:
 
 
 class Reads(TorchDispatchMode):
-    """Holds every tensor that ops within it read and that none of them made."""
+    """Holds every tensor that ops within it read and that none of them made, but for `others`."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own has no types
         self.held: dict[int, Tensor] = {}
-        self._made: set[int] = set()
+        self._made = {_place(one) for one in others}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for one in _tensors((args, kwargs)):
@@ -93,6 +94,12 @@ class Reads(TorchDispatchMode):
         answer = func(*args, **(kwargs or {}))
         self._made |= {_place(one) for one in _tensors(answer)} - self.held.keys()
         return answer
+
+
+class _Recording(NamedTuple):
+    recorded: Recorded
+    made: list[list[Made]]  # calls, of each state
+    places: list[Hashable]  # of each state
 
 
 class ByGraph:
@@ -124,27 +131,35 @@ class ByGraph:
 
     def release(self) -> None:
         """What was recorded, and its memory. A kind that was seen is recorded behind its next call."""
-        self._recorded: OrderedDict[Hashable, tuple[Recorded, list[list[Made]]]] = OrderedDict()
+        self._recorded: OrderedDict[Hashable, _Recording] = OrderedDict()
+
+    def release_stale(self) -> None:
+        """Recordings that read what was kept where it no longer lies."""
+        places = self._places()
+        for kind in [kind for kind, one in self._recorded.items() if one.places != places]:
+            del self._recorded[kind]
 
     def __call__(self, *args: Any, plain: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         """`plain` runs where this call is not launched as one, and answers what `function` does."""
         given, tree = tree_flatten((args, kwargs))
         kind = self._kind(given, tree) if self.takes(*args, **kwargs) else None
+        self.release_stale()
         self.launched = kind in self._recorded
         if self.launched:
             return self._launch(kind, given)
+        before = [state.mark() for state in self.states()]
         answer = (plain or self.function)(*args, **kwargs)
         if kind in self._seen and kind not in self.refused:
-            self._record(kind, given, tree)
+            self._record(kind, given, tree, before)
         elif kind is not None:
             _newest(self._seen, kind, None, SEEN)
         return answer
 
     def _launch(self, kind: Hashable, given: Sequence[Any]) -> Any:
-        recorded, made = self._recorded[kind]
+        one = self._recorded[kind]
         self._recorded.move_to_end(kind)
-        answer = recorded(given)
-        for state, calls in zip(self.states(), made, strict=True):
+        answer = one.recorded(given)
+        for state, calls in zip(self.states(), one.made, strict=True):
             state.made_again(calls)
         return answer
 
@@ -157,31 +172,39 @@ class ByGraph:
         same = [(one.shape, one.dtype, one.device) if isinstance(one, Tensor) else repr(one) for one in given]
         return (repr(tree), *same, *phases, torch.is_inference_mode_enabled())
 
-    def _record(self, kind: Hashable, given: Sequence[Any], tree: TreeSpec) -> None:
-        """Behind a call of the same: what it caches is there. torch.OutOfMemoryError is the caller's to know of."""
+    def _places(self) -> list[Hashable]:
+        return [state.place() for state in self.states()]
+
+    def _record(self, kind: Hashable, given: Sequence[Any], tree: TreeSpec, before: Sequence[Any]) -> None:
+        """Behind a call of the same, and as it was `before` that: what it caches is there.
+
+        torch.OutOfMemoryError is the caller's to know of.
+        """
         states = self.states()
-        before = [state.mark() for state in states]
 
         def again() -> list[list[Made]]:
             """As nothing was answered, no calls were made."""
             return [state.back_to(mark) for state, mark in zip(states, before, strict=True)]
 
         called, others = partial(_called, self.function, tree), list(self._recorded.values())
+        kept = [tensor for state in states for tensor in state.kept()]  # which tell when they lie elsewhere
+        answered = again()
         try:
             with without_waiting():  # so that what cannot be recorded is found out while nothing is
                 called(*given)
             again()
-            recorded = Recorded(called, given, others[-1][0] if others else None, self.compiled)
+            recorded = Recorded(called, given, others[-1].recorded if others else None, self.compiled, kept)
+            _newest(self._recorded, kind, _Recording(recorded, again(), self._places()), KEPT)
         except torch.OutOfMemoryError:
-            again()
             raise
         except RuntimeError as error:
-            again()
             why = f"{error}".strip().splitlines()[0]
             _newest(self.refused, kind, why, SEEN)
             log.warning("short kernels are launched one by one, and take longer: %s", why)
-        else:
-            _newest(self._recorded, kind, (recorded, again()), KEPT)
+        finally:
+            again()
+            for state, calls in zip(states, answered, strict=True):
+                state.on_to(calls)
 
 
 @contextmanager

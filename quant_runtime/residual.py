@@ -24,6 +24,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from quant_runtime.in_place import taken
 from quant_runtime.kernels.residual_passes import Before, residual_differences, residual_entry
 
 Place = Literal["device", "host"]
@@ -130,8 +131,15 @@ class ResidualCache:
         """Holds no memory until the next refresh; what was counted stays."""
         self._home = None
 
-    def keep(self, key: Key, step: int, dense: Tensor, lost: Tensor) -> None:
-        """At a refresh: dense and lost, float [B, H, N, D]. Refuses a rank above D."""
+    def read(self) -> list[Tensor]:
+        """What `cached` answers from, of all calls."""
+        return self._home.read() if isinstance(self._home, _OnDevice) else []
+
+    def keep(self, key: Key, step: int, dense: Tensor, lost: Tensor) -> bool:
+        """At a refresh: dense and lost, float [B, H, N, D]. Refuses a rank above D.
+
+        Whether what `cached` answers for this call lies elsewhere now.
+        """
         its = self.residual
         lost = lost.transpose(1, 2).contiguous().transpose(1, 2)  # torch's own attention lays its answers out otherwise
         if its.order == 2 and its.rank > lost.shape[3]:
@@ -145,8 +153,9 @@ class ResidualCache:
             raise ValueError(f"layer {key[0]}, branch {key[1]} had attention {list(was)}; got {list(lost.shape)}")
         made, squares = refreshed(its, dense, lost, before)
         self.norms.append((step, squares, 0 if its.order == 1 or before is None else 1 if before.left is None else 2))
-        self._home.put(key, made)
+        moved = self._home.put(key, made)
         self.bytes = max(self.bytes, self._home.bytes)
+        return moved
 
     def cached(self, key: Key) -> tuple[Tensor, Tensor | None]:
         """What the sparse answer of this call is to be given: [B, H, N, D], laid out as attention answers; its scale.
@@ -215,6 +224,10 @@ class Rows:
 
     def tensors(self) -> list[Tensor]:
         return [self.values] if self.scale is None else [self.values, self.scale]
+
+    def take(self, other: Rows) -> bool:
+        """Whether they are what `other` is now, and where they were: those of other shapes or dtypes are left alone."""
+        return taken(self.tensors(), other.tensors())
 
 
 @dataclass(frozen=True)
@@ -313,7 +326,9 @@ class _Home(Protocol):
 
     def __contains__(self, key: Key) -> bool: ...
 
-    def put(self, key: Key, entry: Entry) -> None: ...
+    def put(self, key: Key, entry: Entry) -> bool:
+        """Whether `dense` lies elsewhere now than what this call had."""
+        ...
 
     def all_of(self, key: Key) -> Entry: ...
 
@@ -328,9 +343,16 @@ class _OnDevice:
     def __contains__(self, key: Key) -> bool:
         return key in self._held
 
-    def put(self, key: Key, entry: Entry) -> None:
-        self._held[key] = entry
+    def put(self, key: Key, entry: Entry) -> bool:
+        """What steps read stays where it is, for recordings of them (quant_runtime/graphs.py)."""
+        held = self._held.get(key)
+        stays = held is not None and held.dense.take(entry.dense)
+        self._held[key] = replace(entry, dense=held.dense) if held is not None and stays else entry
         self.bytes = sum(_bytes(one) for one in self._held.values())
+        return not stays
+
+    def read(self) -> list[Tensor]:
+        return [tensor for entry in self._held.values() for tensor in entry.dense.tensors()]
 
     def all_of(self, key: Key) -> Entry:
         return self._held[key]
@@ -375,7 +397,7 @@ class _OnHost:
     def __contains__(self, key: Key) -> bool:
         return key in self._held
 
-    def put(self, key: Key, entry: Entry) -> None:
+    def put(self, key: Key, entry: Entry) -> bool:
         if self._put is not None:
             self._put.synchronize()  # one entry is on its way at a time: more of them would fill the device
         held = self._held.get(key)
@@ -391,6 +413,7 @@ class _OnHost:
         self._held[key] = replace(held, added=entry.added)  # one number, which stays on the device
         for slot in self._slots:
             slot.key = None  # what was brought before is not this
+        return True
 
     def all_of(self, key: Key) -> Entry:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from quant_runtime.in_place import taken
 from quant_runtime.kernels.attention_blocks import key_mask
 from quant_runtime.kernels.block_map import pool
 from quant_runtime.kernels.blocks_by_mass import likeness
@@ -139,7 +140,12 @@ class PackedBlocks:
     def of(cls, blocks: Blocks) -> PackedBlocks:
         mask = torch.nn.functional.pad(key_mask(blocks.kept, blocks.counts, blocks.keys), (0, -blocks.keys % 8))
         bits = (mask.unflatten(3, (-1, 8)) << _bits(mask.device)).sum(dim=4, dtype=torch.uint8)
-        return cls(bits, blocks.counts, blocks.block_q, blocks.block_k, blocks.keys)
+        return cls(bits, blocks.counts.clone(), blocks.block_q, blocks.block_k, blocks.keys)
+
+    def take(self, other: PackedBlocks) -> bool:
+        """Whether it keeps what `other` does now, where it lay: of blocks of other sizes or shapes nothing."""
+        sizes = [(its.block_q, its.block_k, its.keys) for its in (self, other)]
+        return sizes[0] == sizes[1] and taken((self.bits, self.counts), (other.bits, other.counts))
 
     def blocks(self) -> Blocks:
         """Of each row all blocks are listed, those that are kept first."""
