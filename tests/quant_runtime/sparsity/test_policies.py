@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_runtime.attention import AttentionPlan, AttentionState, attend
 from quant_runtime.kernels.attention_blocks import key_mask
+from quant_runtime.kernels.pack_heads import _stride
 from quant_runtime.sparsity import POLICIES
 from quant_runtime.sparsity.bands import Bands
 from quant_runtime.sparsity.base import AttentionCall, Seen, TokenLayout, blocks_with, first_frame, placeless
@@ -15,7 +16,7 @@ from quant_runtime.sparsity.topk import TopK
 from quant_runtime.sparsity.topp import TopP
 from tests.support import relative_error
 
-FP32_ROUNDING = 1e-6
+FP32_ROUNDING = {"cpu": 1e-6, "cuda": 3e-6}  # two answers in float32; an H100's were 1.4e-6 apart at most
 INT8_AND_BF16 = 0.02  # q and k in 8 bits, values in bfloat16, on inputs of size one
 FP8_VALUES = 0.06  # and values, with what multiplies them, in e4m3
 LAYOUTS = {
@@ -84,7 +85,7 @@ def test_each_of_them_is_tested_here():
 def test_a_density_of_one_is_dense_attention(policy, layout, device):
     q, k, v = qkv(layout, device)
     want = scaled_dot_product_attention(q, k, v)
-    for fields, error in (({"qk_bits": 16}, FP32_ROUNDING), ({}, INT8_AND_BF16), ({"pv_bits": 8}, FP8_VALUES)):
+    for fields, error in (({"qk_bits": 16}, FP32_ROUNDING[device]), ({}, INT8_AND_BF16), ({"pv_bits": 8}, FP8_VALUES)):
         its = state(policy, **fields)
         assert relative_error(attend(q, k, v, layer=0, layout=layout, state=its), want) <= error
         assert its.density().effective == 1.0
@@ -130,16 +131,21 @@ def test_what_runs_is_attention_over_the_tokens_of_the_kept_blocks(policy, layou
             seen = key_mask(found.kept, found.counts, found.keys)[0, 0]
             mask[b, h] = seen[block_of][:, block_of]
     want = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    assert relative_error(got, want) < FP32_ROUNDING
+    assert relative_error(got, want) < FP32_ROUNDING[device]
     assert its.density().effective < 1
 
 
 @pytest.mark.parametrize("policy", SPARSE, ids=name)
 @pytest.mark.parametrize("layout", ["larger", "views", "text in front"])
 def test_packed_it_answers_what_it_answers_of_floats(policy, layout, device):
-    """Of the same blocks of 128: what their choice goes by is not rounded."""
+    """Of the same blocks of 128: what their choice goes by is not rounded.
+
+    Likenesses are of centred keys, and packing's centre is that of a sample of them: here the mean of all is the same.
+    """
     layout = LAYOUTS[layout]
     q, k, v = coherent(layout, device)
+    sample = k[:, :, :: _stride(layout.tokens)]
+    sample -= (sample.mean(dim=2, keepdim=True) - k.mean(dim=2, keepdim=True)) / (1 - sample.shape[2] / layout.tokens)
     wide = POLICIES[next(n for n, kind in POLICIES.items() if type(policy) is kind)](
         **{field: getattr(policy, field) for field in policy.__dataclass_fields__} | {"block": 128}
     )
