@@ -19,7 +19,7 @@ demo: $(VENV)/.ready
 	$(BIN)/lowbit demo --out out/demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # two of them: most of a test runs on one core
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
