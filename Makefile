@@ -18,8 +18,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready
 	$(BIN)/lowbit demo --out out/demo
 
+# Two files of tests at a time: most of a test runs on one core.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile  # two of them: most of a test runs on one core
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
