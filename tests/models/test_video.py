@@ -171,6 +171,21 @@ def test_a_residual_that_has_no_room_goes_to_the_host_where_it_may_and_is_refuse
     assert with_residual(tiny, place="host").place(asked) == "host"
 
 
+def test_a_film_whose_passes_are_recorded_needs_room_for_what_lies_within_one_besides(tiny, monkeypatch):
+    model, asked = with_residual(tiny), inputs()
+    needed = needs(model, asked)
+    step = needed - model.residual_bytes(asked)  # a recorded pass holds as much as one that refreshes
+    model.launch_as_one()
+    monkeypatch.setattr(video, "room", lambda device: Room(needed + step, needed + step))
+    assert model.place(asked) == "device"
+    monkeypatch.setattr(video, "room", lambda device: Room(needed + step - 1, needed + step - 1))
+    with pytest.raises(BadInput, match="are free beside the weights"):
+        model.film(asked, nothing)
+    monkeypatch.setattr(video, "MOST_TOKENS", model.expected(asked).tokens - 1)  # of more tokens none is recorded
+    monkeypatch.setattr(video, "room", lambda device: Room(needed, needed))
+    assert model.place(asked) == "device"
+
+
 @pytest.mark.parametrize("place", ["host", "auto"])
 def test_a_residual_that_the_host_has_no_room_for_is_refused_by_the_film_s_frames(tiny, monkeypatch, place):
     model, asked = with_residual(tiny, place=place), inputs()
