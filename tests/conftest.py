@@ -18,6 +18,11 @@ if HAS_TORCH:
 
 import pytest  # noqa: E402  Triton reads the variable above when it is imported, also by a pytest plugin
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from tests.interpreter import remember_builtins
+
+    remember_builtins()
+
 
 @pytest.fixture(scope="session")
 def device() -> str:
