@@ -10,7 +10,7 @@ from tests.support import relative_error
 
 P_ROUNDED = 0.04  # e4m3 has 3 bits behind the first: P is off by 2**-4 of itself at most, and random values add few up
 INTERPRETED = 0.1  # Triton's interpreter rounds up to a power of two as down to half of it: one in 64 is half itself
-SCORE_ROUNDING = 2**-17  # half a step of a float32 of 128 to 256, as scores here are; a weight is off by that share
+SCORES_ROUNDED = 2**-17  # half a step of a float32 of 128 to 256, as scores here are; a weight is off by that share
 FP8 = 0.05  # P and V in e4m3, q and k in int8, where an answer is the mean of some hundred values that cancel
 SHAPES = [
     (1, 2, 200, 64, 64),
@@ -71,7 +71,7 @@ def residual(shape, device, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_cpu_version_agrees_with_the_reference(shape):
     args = arguments(shape, "cpu")
-    assert relative_error(op.on_cpu(*args), op.reference(*args)) < SCORE_ROUNDING
+    assert relative_error(op.on_cpu(*args), op.reference(*args)) < SCORES_ROUNDED
 
 
 @pytest.mark.skipif(op.triton is None, reason="Triton is not installed")
